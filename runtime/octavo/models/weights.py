@@ -1,0 +1,286 @@
+"""Weights by name, whatever file holds them. Called by the loader, which owns the destinations.
+
+A reader knows the tensors of a model under their Hugging Face names and copies one at a time into memory that the caller
+allocated (on any device, of any floating dtype, often a slice of a fused matrix). No second copy of a whole tensor is made:
+safetensors are copied out of a memory map, GGUF tensors are dequantised some rows at a time.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol, Self
+
+import torch
+
+from octavo.errors import ModelFileError, UnsupportedModelError
+from octavo.models.config import ModelConfig, read_json
+from octavo.models.gguf_file import GGUFFile, TensorInfo
+from octavo.models.safetensors_file import SafetensorsFile
+from octavo.models.sources import ModelFiles
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class WeightReader(Protocol):
+    """The tensors of a model. Use as a context manager, or call `close`."""
+
+    def names(self) -> list[str]:
+        """Hugging Face names, such as "model.layers.0.self_attn.q_proj.weight"."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one tensor. Raises `ModelFileError` when the model has no tensor of this name."""
+
+    def copy_into(self, name: str, dest: torch.Tensor) -> None:
+        """Copy one tensor into `dest`, converting its dtype. Raises `ModelFileError` if it is missing or shapes differ."""
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def open_weights(files: ModelFiles, config: ModelConfig) -> WeightReader:
+    """Open the weights of a resolved model. Raises `ModelFileError` if a file is missing, truncated or contradictory."""
+    if files.format == "gguf":
+        return GGUFWeights(files.path, config)
+    return SafetensorsWeights(files.path)
+
+
+def open_dummy(seed: int = 0, shapes: Mapping[str, tuple[int, ...]] | None = None) -> WeightReader:
+    """Weights of no model: small deterministic noise, ones for norms. For tests and benchmarks of speed."""
+    return DummyWeights(seed, shapes or {})
+
+
+class _Reader:
+    """What all readers share: the context manager and the errors."""
+
+    place = ""
+
+    def close(self) -> None:
+        return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _missing(self, name: str) -> ModelFileError:
+        return ModelFileError("the model has no tensor of this name", file=self.place, field=name)
+
+    def _check(self, name: str, shape: tuple[int, ...], dest: torch.Tensor) -> None:
+        if tuple(dest.shape) != shape:
+            message = f"has shape {list(shape)}, but the configuration asks for {list(dest.shape)}"
+            raise ModelFileError(message, file=self.place, field=name)
+
+
+class SafetensorsWeights(_Reader):
+    """A folder with `model.safetensors`, or with `model.safetensors.index.json` and its shards."""
+
+    def __init__(self, folder: Path) -> None:
+        self.place = str(folder)
+        self._where: dict[str, SafetensorsFile] = {}
+        self._files: list[SafetensorsFile] = []
+        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        try:
+            if index.is_file():
+                self._open_shards(folder, index)
+            elif single.is_file():
+                self._add(SafetensorsFile(single))
+            else:
+                for path in sorted(folder.glob("*.safetensors")):
+                    self._add(SafetensorsFile(path))
+                if not self._files:
+                    raise _no_weights(folder)
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, opened: SafetensorsFile) -> None:
+        self._files.append(opened)
+        for name in opened.entries:
+            if name in self._where:
+                raise ModelFileError(f"is also in {self._where[name].path.name}", file=str(opened.path), field=name)
+            self._where[name] = opened
+
+    def _open_shards(self, folder: Path, index: Path) -> None:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelFileError("must be an object from names to files", file=str(index), field="weight_map")
+        opened: dict[str, SafetensorsFile] = {}
+        for name, shard in weight_map.items():
+            # a shard is a plain name beside the index: anything else would let a model read files elsewhere
+            if not isinstance(shard, str) or not shard.endswith(".safetensors") or re.search(r"[/\\\x00:]", shard):
+                message = (
+                    f"names the shard {str(shard)[:80]!r}, which is not the name of a .safetensors file in this folder"
+                )
+                raise ModelFileError(message, file=str(index), field=f"weight_map.{name[:80]}")
+            if shard not in opened:
+                opened[shard] = SafetensorsFile(folder / shard)
+                self._files.append(opened[shard])
+            if name not in opened[shard].entries:
+                raise ModelFileError(f"is not in {shard}, where the index puts it", file=str(index), field=name)
+            self._where[name] = opened[shard]
+
+    def names(self) -> list[str]:
+        return list(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._where:
+            raise self._missing(name)
+        return self._where[name].entries[name].shape
+
+    @torch.no_grad()
+    def copy_into(self, name: str, dest: torch.Tensor) -> None:
+        self._check(name, self.shape(name), dest)
+        source = self._where[name].tensor(name)
+        if not source.is_floating_point():
+            raise UnsupportedModelError(
+                f"holds {source.dtype}, not floating-point weights", file=self.place, field=name
+            )
+        _copy(source, dest)
+
+    def close(self) -> None:
+        for opened in self._files:
+            opened.close()
+        self._where, self._files = {}, []
+
+
+def _no_weights(folder: Path) -> ModelFileError:
+    pickles = [path.name for pattern in _PICKLES for path in folder.glob(pattern)]
+    if pickles:
+        message = (
+            f"holds only pickled weights ({pickles[0]}), which can run code when read: convert them to safetensors"
+        )
+        return UnsupportedModelError(message, file=str(folder))
+    return ModelFileError("holds no .safetensors weights", file=str(folder))
+
+
+# llama.cpp's names -> Hugging Face names; in a layer, and outside
+_GGUF_LAYER = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+_GGUF_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_GGUF_NAME = re.compile(r"(?:blk\.(\d{1,5})\.)?(\w+)\.(weight|bias)")
+
+
+def _hf_name(name: str) -> str | None:
+    match = _GGUF_NAME.fullmatch(name)
+    if not match:
+        return None
+    layer, part, kind = match.groups()
+    mapped = _GGUF_TOP.get(part) if layer is None else _GGUF_LAYER.get(part)
+    return mapped and (f"{mapped}.{kind}" if layer is None else f"model.layers.{layer}.{mapped}.{kind}")
+
+
+class GGUFWeights(_Reader):
+    """A GGUF file under Hugging Face names, dequantised on the way out."""
+
+    def __init__(self, path: Path, config: ModelConfig) -> None:
+        self.place = str(path)
+        self._file = GGUFFile(path)
+        self._where: dict[str, TensorInfo] = {}
+        for info in self._file.tensors.values():
+            name = _hf_name(info.name)
+            if name:
+                self._where[name] = info
+            elif info.name not in ("rope_freqs.weight",):
+                self._file.close()
+                raise UnsupportedModelError("this tensor has no place in the model", file=self.place, field=info.name)
+        # llama.cpp keeps the q and k rows of "llama" files in interleaved rotary order; the others are as in Hugging Face
+        permuted = self._file.metadata.get("general.architecture") == "llama"
+        self._heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads} if permuted else {}
+
+    def names(self) -> list[str]:
+        return list(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._where:
+            raise self._missing(name)
+        return self._where[name].shape
+
+    @torch.no_grad()
+    def copy_into(self, name: str, dest: torch.Tensor) -> None:
+        from octavo.models.gguf_quants import dequantised_rows
+
+        self._check(name, self.shape(name), dest)
+        info = self._where[name]
+        heads = self._heads.get(name.split(".")[-2], 0)
+        rows, columns = (info.shape[0], info.shape[1]) if len(info.shape) == 2 else (1, info.shape[0])
+        target = dest if len(info.shape) == 2 else dest.unsqueeze(0)
+        step = 1
+        if heads:
+            if len(info.shape) == 1:  # a bias is permuted as a column
+                rows, columns, target = columns, 1, dest.unsqueeze(1)
+            if rows % (2 * heads):
+                raise ModelFileError(f"{rows} rows do not divide into {heads} heads", file=self.place, field=name)
+            step = rows // heads
+        raw = _bytes_of(self._file, info)
+        try:
+            first = 0
+            for piece in dequantised_rows(raw, info.type_name, rows, columns, step):
+                count = len(piece)
+                into = target[first : first + count]
+                if heads:  # stored [head, pair, half], wanted [head, half, pair]
+                    piece = piece.unflatten(0, (-1, step // 2, 2)).transpose(1, 2)
+                    into = into.unflatten(0, (-1, 2, step // 2))
+                _copy(piece, into)
+                first += count
+        except NotImplementedError as error:
+            raise UnsupportedModelError(
+                f"type {info.type_name} is not implemented", file=self.place, field=name
+            ) from error
+
+    def close(self) -> None:
+        self._where = {}
+        self._file.close()
+
+
+def _bytes_of(file: GGUFFile, info: TensorInfo) -> torch.Tensor:
+    import warnings
+
+    with warnings.catch_warnings():  # the map is read-only, and nothing writes to it
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.frombuffer(memoryview(file.data)[info.offset : info.offset + info.nbytes], dtype=torch.uint8)
+
+
+def _copy(source: torch.Tensor, dest: torch.Tensor) -> None:
+    """Copy with conversion; to another device, convert first so that the smaller form travels."""
+    if dest.device != source.device and dest.element_size() < source.element_size():
+        source = source.to(dest.dtype)
+    dest.copy_(source)
+
+
+class DummyWeights(_Reader):
+    """Deterministic noise of scale 0.02, ones for norms, zeros for biases. `names` lists the `shapes` it was given."""
+
+    def __init__(self, seed: int = 0, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        self.place = "dummy weights"
+        self._seed, self._shapes = seed, dict(shapes or {})
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._shapes:
+            raise self._missing(name)
+        return self._shapes[name]
+
+    @torch.no_grad()
+    def copy_into(self, name: str, dest: torch.Tensor) -> None:
+        if name in self._shapes:
+            self._check(name, self._shapes[name], dest)
+        if "norm" in name:
+            dest.fill_(1.0)
+        elif name.endswith(".bias"):
+            dest.zero_()
+        else:  # seeded by the name, so that the order of loading does not matter
+            generator = torch.Generator().manual_seed(self._seed * 1000003 + zlib.crc32(name.encode()))
+            _copy(torch.empty(dest.shape).normal_(0.0, 0.02, generator=generator), dest)
