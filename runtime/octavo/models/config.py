@@ -1,8 +1,8 @@
 """What a model is: its shape, its rotary embedding, its end tokens. Read from `config.json` or a GGUF header.
 
 Called by the loader, the registry of model families and the cache sizing. Nothing here imports torch, except inside
-`inverse_frequencies`. Every value of a file is checked before it is believed: a bad one is a `ModelFileError` that names
-the file and the field; something sound that Octavo does not implement is an `UnsupportedModelError`.
+`inverse_frequencies`. Every value of a file is checked before it is believed: a bad one is a `ModelFileError` that
+names the file and the field; something sound that Octavo does not implement is an `UnsupportedModelError`.
 """
 
 from __future__ import annotations
@@ -359,19 +359,20 @@ def rope_scaling(r: Fields, kind: str, max_position: int) -> RopeScaling:
             raise r.bad("high_freq_factor", f"is {high:g}; it must exceed low_freq_factor, {low:g}")
         return RopeScaling(kind, r.number("factor"), low, high, original)
     if kind == "yarn":
-        optional = {
-            key: r.number(key)
-            for key in ("attention_factor", "mscale", "mscale_all_dim")
-            if r.values.get(key) is not None
-        }
+
+        def optional(key: str) -> float | None:
+            return None if r.values.get(key) is None else r.number(key)
+
         return RopeScaling(
             kind,
             factor=r.number("factor", max_position / original),
             original_max_position=original,
+            attention_factor=optional("attention_factor"),
             beta_fast=r.number("beta_fast", 32.0),
             beta_slow=r.number("beta_slow", 1.0),
+            mscale=optional("mscale"),
+            mscale_all_dim=optional("mscale_all_dim"),
             truncate=r.flag("truncate", True),
-            **optional,
         )
     raise r.unsupported("rope_type", f"{_short(kind)} is not implemented; supported: default, linear, llama3, yarn")
 

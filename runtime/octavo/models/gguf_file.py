@@ -1,4 +1,6 @@
-"""The header of a GGUF file: its metadata and where its tensors lie. Called by `gguf_config`, `weights`, `gguf_tokenizer`.
+"""The header of a GGUF file: its metadata and where its tensors lie.
+
+Called by `gguf_config`, `gguf_tokenizer` and `weights`.
 
 Read with our own parser. `gguf.GGUFReader` makes an array object for each of a hundred thousand strings, which takes
 seconds, and believes every length it reads. Here each count and length is held against the size of the file first, so a
@@ -43,7 +45,7 @@ class _StringArray:
 
 
 class GGUFFile:
-    """A parsed, memory-mapped GGUF file. `metadata` holds scalars, strings and short arrays; see `strings` for the rest.
+    """A parsed, memory-mapped GGUF file. `metadata` holds scalars, strings and arrays of numbers; see also `strings`.
 
     Raises `ModelFileError` for anything that is not a sound little-endian GGUF of version 2 or 3.
     """
@@ -81,7 +83,7 @@ class GGUFFile:
         self.close()
 
     def strings(self, key: str) -> list[str]:
-        """The array of strings under `key`; a `ModelFileError` when it is absent. Bytes that are not UTF-8 become U+FFFD."""
+        """The array of strings under `key`; `ModelFileError` when absent. Bytes that are not UTF-8 become U+FFFD."""
         array = self._arrays.get(key)
         if array is None:
             raise self._bad(key, "is missing or is not an array of strings")
@@ -215,7 +217,7 @@ class GGUFFile:
             elements = 1
             for dim in dims:
                 elements *= dim
-                if not 0 < dim or elements > 1 << 48:
+                if dim == 0 or elements > 1 << 48:
                     raise self._bad(name, f"has the impossible shape {dims}")
             if dims[0] % block:
                 raise self._bad(name, f"has rows of {dims[0]}, not a multiple of {kind.name}'s block of {block}")

@@ -1,8 +1,8 @@
 """From the quantised blocks of a GGUF tensor to numbers in place. Called by `weights.GGUFWeights`.
 
-Q4_0, Q4_1 and Q8_0 are computed with a few vectorised torch operators over pieces that stay in the processor's cache, in
-the same order of roundings as `gguf.quants`, so that the bits agree (a test says so) at many times the speed. Every other
-type goes through `gguf.quants.dequantize`, some rows at a time. Block layouts:
+Q4_0, Q4_1 and Q8_0 are computed with a few vectorised torch operators over pieces that stay in the processor's cache,
+in the same order of roundings as `gguf.quants`, so that the bits agree (a test says so) at many times the speed. Every
+other type goes through `gguf.quants.dequantize`, some rows at a time. Block layouts:
 https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
 """
 

@@ -1,8 +1,8 @@
 """Weights by name, whatever file holds them. Called by the loader, which owns the destinations.
 
-A reader knows the tensors of a model under their Hugging Face names and copies one at a time into memory that the caller
-allocated (on any device, of any floating dtype, often a slice of a fused matrix). No second copy of a whole tensor is made:
-safetensors are copied out of a memory map, GGUF tensors are dequantised some rows at a time.
+A reader knows the tensors of a model under their Hugging Face names and copies one at a time into memory that the
+caller allocated (on any device, of any floating dtype, often a slice of a fused matrix). No second copy of a whole tensor
+is made: safetensors are copied out of a memory map, GGUF tensors are dequantised some rows at a time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class WeightReader(Protocol):
         """The shape of one tensor. Raises `ModelFileError` when the model has no tensor of this name."""
 
     def copy_into(self, name: str, dest: torch.Tensor) -> None:
-        """Copy one tensor into `dest`, converting its dtype. Raises `ModelFileError` if it is missing or shapes differ."""
+        """Copy one tensor into `dest`, converting its dtype. `ModelFileError` if it is missing or shapes differ."""
 
     def close(self) -> None: ...
 
@@ -44,7 +44,7 @@ class WeightReader(Protocol):
 
 
 def open_weights(files: ModelFiles, config: ModelConfig) -> WeightReader:
-    """Open the weights of a resolved model. Raises `ModelFileError` if a file is missing, truncated or contradictory."""
+    """Open the weights of a resolved model. `ModelFileError` if a file is missing, truncated or contradictory."""
     if files.format == "gguf":
         return GGUFWeights(files.path, config)
     return SafetensorsWeights(files.path)
@@ -194,7 +194,7 @@ class GGUFWeights(_Reader):
             elif info.name not in ("rope_freqs.weight",):
                 self._file.close()
                 raise UnsupportedModelError("this tensor has no place in the model", file=self.place, field=info.name)
-        # llama.cpp keeps the q and k rows of "llama" files in interleaved rotary order; the others are as in Hugging Face
+        # llama.cpp keeps the q and k rows of "llama" files in interleaved rotary order, and the others as they were
         permuted = self._file.metadata.get("general.architecture") == "llama"
         self._heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads} if permuted else {}
 
@@ -229,8 +229,8 @@ class GGUFWeights(_Reader):
                 count = len(piece)
                 into = target[first : first + count]
                 if heads:  # stored [head, pair, half], wanted [head, half, pair]
-                    piece = piece.unflatten(0, (-1, step // 2, 2)).transpose(1, 2)
-                    into = into.unflatten(0, (-1, 2, step // 2))
+                    piece = piece.view(-1, step // 2, 2, columns).transpose(1, 2)
+                    into = into.view(-1, 2, step // 2, columns)
                 _copy(piece, into)
                 first += count
         except NotImplementedError as error:

@@ -1,0 +1,88 @@
+"""The engine's loop: plan, launch, commit. Owned by one thread (`service.py`), which calls `step` while there is work.
+
+`depth` steps may be under way before the oldest is waited for: 0 on the CPU, 1 on a GPU, where the host then plans step n+1
+while the device runs step n. It is the same loop in both cases.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import suppress
+from typing import Protocol
+
+from octavo.engine.plan import StepPlan
+from octavo.engine.request import TokenEvent
+from octavo.engine.scheduler import Draft, Scheduler
+from octavo.errors import RequestFailedError
+
+
+class Launched(Protocol):
+    """A step under way. `wait` gives one event (or None) for each entry of the plan's `steps`."""
+
+    def wait(self) -> list[TokenEvent | None]: ...
+
+
+class StepRunner(Protocol):
+    """What the loop needs from `execute.runner.Runner`."""
+
+    def launch(self, plan: StepPlan) -> Launched: ...
+
+
+class EngineCore:
+    def __init__(self, scheduler: Scheduler, runner: StepRunner, *, depth: int) -> None:
+        self.scheduler, self.runner, self.depth = scheduler, runner, depth
+        self.steps = 0
+        self._under_way: deque[tuple[Draft, Launched]] = deque()
+
+    @property
+    def idle(self) -> bool:
+        return self.scheduler.idle and not self._under_way
+
+    def step(self) -> None:
+        """Launch the next step if there is one, then take in results until at most `depth` steps are under way."""
+        draft = self.scheduler.plan()
+        if draft is not None:
+            self._launch(draft)
+        while len(self._under_way) > (self.depth if draft is not None else 0):
+            self._commit_oldest()
+
+    def _launch(self, draft: Draft) -> None:
+        try:
+            self._under_way.append((draft, self.runner.launch(draft.plan())))
+        except Exception as error:
+            self._drain()
+            self._blame(draft, error)
+        else:
+            self.steps += 1
+
+    def _drain(self) -> None:
+        while self._under_way:
+            self._commit_oldest()
+
+    def _commit_oldest(self) -> None:
+        draft, launched = self._under_way.popleft()
+        try:
+            events = launched.wait()
+        except Exception as error:
+            self._discard_later_steps()
+            self._blame(draft, error)
+        else:
+            self.scheduler.commit(draft, events)
+
+    def _discard_later_steps(self) -> None:
+        """Steps launched on top of a failed one worked with tokens that do not exist."""
+        while self._under_way:
+            draft, launched = self._under_way.pop()
+            with suppress(Exception):
+                launched.wait()
+            self.scheduler.rollback(draft)
+
+    def _blame(self, draft: Draft, error: Exception) -> None:
+        """The step failed as a whole. One sequence: it is the reason. Several: each runs alone next, and fails alone."""
+        if len(draft.parts) > 1:
+            self.scheduler.isolate(draft)
+            return
+        for sequence in self.scheduler.rollback(draft):
+            failure = RequestFailedError(f"the model failed on this request: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            self.scheduler.fail(sequence, failure)

@@ -1,0 +1,50 @@
+"""The message from the scheduler to the runner: what one step does. Plain data, so that it can cross a process boundary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from octavo.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class NewRow:
+    """A sequence that was given a device row: its tokens so far, and how its tokens are sampled."""
+
+    row: int
+    tokens: list[int]
+    num_prompt: int
+    params: SamplingParams
+    seed: int
+    wants_logprobs: bool
+    stop_ids: tuple[int, ...]
+    """All tokens that end it: forbidden before `min_tokens`."""
+    bad_word_ids: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RowStep:
+    """Run `count` tokens of a row, from position `start`; sample the next token if these are all it has."""
+
+    row: int
+    start: int
+    count: int
+    samples: bool
+    prompt_logprobs: int | None = None
+    """Return log-probabilities for the prompt tokens that follow each of these tokens, with this many alternatives."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step. Order of work: copies, new rows, new blocks, forward, sample."""
+
+    steps: list[RowStep]
+    new_rows: list[NewRow] = field(default_factory=list)
+    new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
+    """(row, index in its block table, block)."""
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    """(source block, destination block): copy on write, and the null block's zeros over blocks of a failed sequence."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(step.count for step in self.steps)

@@ -1,0 +1,136 @@
+"""A request and its sequences, as the engine sees them. Made by the service, moved through the scheduler.
+
+A *sequence* is one of a request's outputs: the schedulable unit. Its counters tell the whole state, whether it prefills,
+decodes or resumes after a preemption:
+
+    tokens      known token ids, prompt first (a sampled token enters when its step is committed)
+    length      len(tokens) plus sampled tokens that are still on the device
+    scheduled   tokens whose keys and values are in the cache, or will be when the launched steps have run
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence as Seq
+from dataclasses import dataclass, field
+
+from octavo.outputs import RequestMetrics
+from octavo.sampling_params import SamplingParams
+
+
+@dataclass(slots=True)
+class RawLogprobs:
+    """Log-probabilities of one position as the device gave them: the token's own, its rank, the most likely ids."""
+
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+@dataclass(slots=True)
+class TokenEvent:
+    """Engine to caller: what is new in one sequence. The last event of a sequence has a `finish_reason` or an `error`."""
+
+    index: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[RawLogprobs] | None = None
+    prompt_logprobs: list[RawLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+    error: BaseException | None = None
+
+    @property
+    def last(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+
+Sink = Callable[[TokenEvent], None]
+
+
+class Request:
+    """One prompt with its parameters; `width` sequences. `sink` receives its events on the engine's thread."""
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_ids: Seq[int],
+        params: SamplingParams,
+        sink: Sink,
+        *,
+        max_tokens: int,
+        eos_token_ids: Seq[int] = (),
+        bad_word_ids: Seq[Seq[int]] = (),
+        seed: int = 0,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> None:
+        self.request_id = request_id
+        self.prompt_ids = list(prompt_ids)
+        self.params = params
+        self.sink = sink
+        self.max_tokens = max_tokens
+        self.eos_token_ids = frozenset(() if params.ignore_eos else eos_token_ids)
+        self.stop_token_ids = frozenset(params.stop_token_ids or ())
+        self.bad_word_ids = tuple(tuple(word) for word in bad_word_ids)
+        self.seed = seed
+        self.priority = priority
+        self.cache_salt = cache_salt.encode()
+        self.arrival = 0
+        """Position in the order of arrival; the scheduler sets it."""
+        self.metrics = RequestMetrics(arrival=time.monotonic(), prompt_tokens=len(self.prompt_ids))
+        self.sequences = [Sequence(self, index) for index in range(params.width)]
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Log-probabilities are needed for the user, or to rank `best_of`."""
+        return self.params.logprobs is not None or self.params.width > self.params.n
+
+
+class Sequence:
+    """One output of a request, and what it holds: blocks, their hash keys, a device row."""
+
+    __slots__ = (
+        "alone_until", "block_keys", "blocks", "epoch", "finished", "index", "length", "num_prompt", "prompt_logprobs_sent",
+        "request", "row", "scheduled", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, index: int) -> None:
+        self.request = request
+        self.index = index
+        self.tokens: list[int] = list(request.prompt_ids)
+        self.num_prompt = len(self.tokens)
+        self.length = self.num_prompt
+        self.scheduled = 0
+        self.blocks: list[int] = []
+        self.block_keys: list[bytes] = []
+        """Hash-chain keys of the full blocks published so far."""
+        self.row = -1
+        self.finished = False
+        self.epoch = 0
+        """Counts preemptions: a step launched in an earlier epoch wrote to blocks that are no longer this sequence's."""
+        self.alone_until = 0
+        """After a step failed: run without company until so many tokens are computed, to find out whose fault it was."""
+        self.prompt_logprobs_sent = 0
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Who goes first: lower priority value, earlier arrival, lower index."""
+        return (self.request.priority, self.request.arrival, self.index)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def samples_pending(self) -> bool:
+        """A sampled token of this sequence has not come back from the device yet."""
+        return self.length > len(self.tokens)
+
+    @property
+    def exhausted(self) -> bool:
+        """Every token it may make is made or under way: nothing left to schedule."""
+        return self.length - self.num_prompt >= self.request.max_tokens
+
+    def __repr__(self) -> str:
+        return f"<Sequence {self.request.request_id}/{self.index} {self.scheduled}/{self.length} tokens, row {self.row}>"

@@ -1,0 +1,232 @@
+"""The thread that owns an `EngineCore`. All callers, sync and async, talk to the engine through an `EngineService`.
+
+Callers put commands into one queue; the thread takes them in between two steps, runs steps while there is work and sleeps when
+there is none. Results leave through each request's own sink. After `close()`, or if the loop itself breaks, every open request
+gets an `EngineClosedError`: nobody waits for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from octavo.engine.core import EngineCore
+from octavo.engine.request import Request, Sink, TokenEvent
+from octavo.errors import EngineClosedError, ForkedEngineError, QueueFullError
+
+logger = logging.getLogger("octavo")
+
+_Command = Callable[[], None]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot, taken between two steps. Blocks: free + cached + used = total."""
+
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_used: int
+    blocks_cached: int
+    blocks_free: int
+    preemptions: int
+    steps: int
+
+
+class EngineService:
+    """Runs an engine in a daemon thread. `make_core` is called on that thread; its error is raised by `start`."""
+
+    def __init__(self, make_core: Callable[[], EngineCore], *, max_queued_requests: int) -> None:
+        self._make_core = make_core
+        self._core: EngineCore | None = None
+        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
+        self._open: dict[str, Request] = {}
+        self._room = threading.Condition()
+        self._not_accepted = 0  # submitted, and still in the command queue
+        self._max_queued = max_queued_requests
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._pid = os.getpid()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="octavo-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread and wait until the engine is ready. Raises what `make_core` raised."""
+        self._thread.start()
+        self._ready.wait()
+        if self._core is None and self._failure is not None:
+            self._thread.join()
+            raise self._failure
+
+    # ---------------------------------------------------------------- callers' side, any thread
+
+    def submit(self, request: Request, *, wait: bool = False) -> None:
+        """Hand a request over. Raises `QueueFullError` if too many wait already, unless `wait`: then blocks for room."""
+        deliver, request.sink = request.sink, lambda event: self._deliver(request, deliver, event)
+        with self._room:  # the check and the hand-over are one: nothing enters the queue after it was emptied at the end
+            self._check_usable()
+            while self._backlog() >= self._max_queued:
+                if not wait:
+                    raise QueueFullError(
+                        f"{self._max_queued} requests wait already: try again later, or raise max_queued_requests"
+                    )
+                self._room.wait()
+                self._check_usable()
+            self._not_accepted += 1
+            self._commands.put(lambda: self._accept(request))
+
+    def abort(self, request: Request, index: int | None = None) -> None:
+        """End a request, or one of its sequences, soon. Does nothing if it has ended; never raises, never blocks."""
+        if os.getpid() == self._pid and not self._closing:
+            self._commands.put(lambda: self._abort(request, index))
+
+    def call(self, function: Callable[[EngineCore], T]) -> T:
+        """Run `function(core)` on the engine's thread between two steps, and return its result."""
+        self._check_usable()
+        done = threading.Event()
+        box: list[T] = []
+        errors: list[BaseException] = []
+
+        def command() -> None:
+            try:
+                assert self._core is not None
+                box.append(function(self._core))
+            except BaseException as error:
+                errors.append(error)
+            done.set()
+
+        self._commands.put(command)
+        while not done.wait(timeout=0.5):
+            if not self._thread.is_alive():
+                raise EngineClosedError("the engine was closed")
+        if errors:
+            raise errors[0]
+        return box[0]
+
+    def stats(self) -> EngineStats:
+        """Counts of this moment; waits for the current step."""
+
+        def read(core: EngineCore) -> EngineStats:
+            scheduler, pool = core.scheduler, core.scheduler.pool
+            return EngineStats(
+                running=len(scheduler.running),
+                waiting=len(scheduler.waiting),
+                blocks_total=pool.capacity,
+                blocks_used=pool.used,
+                blocks_cached=pool.cached,
+                blocks_free=pool.available - pool.cached,
+                preemptions=scheduler.preemptions,
+                steps=core.steps,
+            )
+
+        return self.call(read)
+
+    @property
+    def closed(self) -> bool:
+        return self._closing or self._failure is not None
+
+    def close(self) -> None:
+        """End every request with `EngineClosedError`, stop the thread, let go of model and cache. Safe to call twice."""
+        if os.getpid() != self._pid:
+            return  # a forked child has no such thread to stop
+        with self._room:
+            self._closing = True
+            self._room.notify_all()
+        self._commands.put(None)
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedEngineError(
+                "this engine belongs to the parent process: its thread does not exist after a fork. "
+                "Make a new LLM in the child, or start children with multiprocessing's 'spawn'"
+            )
+        if self._failure is not None:
+            raise EngineClosedError(f"the engine stopped: {self._failure}") from self._failure
+        if self._closing:
+            raise EngineClosedError("the engine was closed: make a new LLM")
+
+    # ---------------------------------------------------------------- engine's side, its thread only
+
+    def _run(self) -> None:
+        try:
+            self._core = self._make_core()
+        except BaseException as error:
+            self._failure = error
+            return
+        finally:
+            self._ready.set()
+        try:
+            self._loop(self._core)
+        except BaseException as error:
+            logger.exception("the engine's loop failed")
+            self._failure = error
+        finally:
+            self._end_all()
+            self._core = None
+
+    def _loop(self, core: EngineCore) -> None:
+        fresh = 0
+        while True:
+            while core.idle or not self._commands.empty():
+                command = self._commands.get()
+                if command is None:
+                    return
+                command()
+            core.step()
+            if core.scheduler.fresh < fresh:
+                with self._room:
+                    self._room.notify_all()
+            fresh = core.scheduler.fresh
+
+    def _backlog(self) -> int:
+        return self._not_accepted + (self._core.scheduler.fresh if self._core else 0)
+
+    def _accept(self, request: Request) -> None:
+        assert self._core is not None
+        self._open[request.request_id] = request
+        self._core.scheduler.add(request)
+        with self._room:
+            self._not_accepted -= 1
+
+    def _abort(self, request: Request, index: int | None) -> None:
+        assert self._core is not None
+        if request.request_id in self._open:
+            self._core.scheduler.abort(request, index)
+
+    def _deliver(self, request: Request, sink: Sink, event: TokenEvent) -> None:
+        if event.last and all(sequence.finished for sequence in request.sequences):
+            self._open.pop(request.request_id, None)
+        try:
+            sink(event)
+        except Exception:
+            self._open.pop(request.request_id, None)
+            raise
+
+    def _end_all(self) -> None:
+        cause = self._failure
+        with self._room:
+            self._closing = True
+            self._room.notify_all()
+        while not self._commands.empty():  # requests handed over but not yet accepted must end too
+            command = self._commands.get()
+            if command is not None:
+                command()
+        for request in list(self._open.values()):
+            for sequence in request.sequences:
+                if not sequence.finished:
+                    error = EngineClosedError("the engine was closed before this request ended")
+                    error.__cause__ = cause
+                    sequence.finished = True
+                    try:
+                        request.sink(TokenEvent(sequence.index, error=error))
+                    except Exception:
+                        logger.debug("a caller went away before its request ended", exc_info=True)
+        self._open.clear()

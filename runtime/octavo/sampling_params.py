@@ -1,0 +1,152 @@
+"""How a request's tokens are chosen and when it ends. Checked when made; names and meanings as in vLLM's class of this name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from octavo.errors import RequestError
+
+MAX_LOGPROBS = 100
+MAX_CHOICES = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Sampling parameters of one request.
+
+    The order of work on the logits: `allowed_token_ids`, `bad_words`, `min_tokens`, `logit_bias`, repetition, frequency and
+    presence penalties, `temperature`, `min_p`, `top_k`, `top_p`. Log-probabilities are those of the raw logits.
+
+    Raises `RequestError` (a `ValueError`) whose `field` names the parameter that is out of range.
+    """
+
+    temperature: float = 1.0
+    """0 takes the most likely token (greedy)."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches this, (0, 1]."""
+    top_k: int = 0
+    """Keep this many most likely tokens; 0 or -1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this many times as likely as the most likely one, [0, 1]."""
+    n: int = 1
+    """How many outputs to return for the prompt."""
+    best_of: int | None = None
+    """How many outputs to make; the `n` with the highest cumulative log-probability are returned. At least `n`."""
+    max_tokens: int | None = 16
+    """Most tokens to make; None: up to the model's length."""
+    min_tokens: int = 0
+    """No end-of-sequence or stop token before this many tokens."""
+    stop: str | Sequence[str] | None = None
+    """Strings at which the output ends; not part of the text unless `include_stop_str_in_output`."""
+    stop_token_ids: Sequence[int] | None = None
+    """Tokens at which the output ends, besides the model's own."""
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    """Go on after the end-of-sequence token."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token of the output so far, [-2, 2]."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for each time the token stands in the output so far, [-2, 2]."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens of prompt and output (arXiv 1909.05858), > 0."""
+    logit_bias: Mapping[int, float] | None = None
+    """Added to the logits, by token id."""
+    bad_words: Sequence[str] | None = None
+    """Words which are never made (their last token is forbidden after the others)."""
+    allowed_token_ids: Sequence[int] | None = None
+    """Only these tokens are made."""
+    logprobs: int | None = None
+    """Return the log-probability of each chosen token and of this many most likely ones."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens."""
+    seed: int | None = None
+    """The same request with the same seed gives the same tokens, whatever else runs. None: drawn from the engine's seed."""
+    skip_special_tokens: bool = True
+    detokenize: bool = True
+    """False: token ids only, no text (then no stop strings)."""
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        _number("temperature", self.temperature, 0.0, math.inf)
+        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        _integer("top_k", self.top_k, -1)
+        _integer("n", self.n, 1, MAX_CHOICES)
+        _integer("min_tokens", self.min_tokens, 0)
+        if self.best_of is not None:
+            _integer("best_of", self.best_of, 1, MAX_CHOICES)
+            if self.best_of < self.n:
+                raise RequestError(f"best_of must be at least n={self.n}, not {self.best_of}", "best_of")
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1)
+            if self.min_tokens > self.max_tokens:
+                raise RequestError(f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}", "min_tokens")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+        if self.seed is not None:
+            _integer("seed", self.seed, -(2**63), 2**63 - 1)
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} must be True or False, not {getattr(self, name)!r}", name)
+        set_(self, "stop", _strings("stop", self.stop))
+        set_(self, "bad_words", _strings("bad_words", self.bad_words))
+        set_(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        set_(self, "allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids))
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise RequestError("allowed_token_ids is empty: no token could be made", "allowed_token_ids")
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise RequestError("logit_bias must map token ids to numbers", "logit_bias")
+            _token_ids("logit_bias", list(self.logit_bias))
+            for value in self.logit_bias.values():
+                _number("logit_bias", value, -1e4, 1e4)
+        if self.stop and not self.detokenize:
+            raise RequestError("stop strings need detokenize=True", "stop")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def width(self) -> int:
+        """Sequences made for the request: `best_of`, else `n`."""
+        return self.best_of or self.n
+
+
+def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RequestError(f"{name} must be a finite number, not {value!r}", name)
+    if value < low or value > high or (open_low and value == low):
+        top = "" if math.isinf(high) else f" and at most {high:g}"
+        raise RequestError(f"{name} must be {'above' if open_low else 'at least'} {low:g}{top}, not {value!r}", name)
+
+
+def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"{name} must be an integer, not {value!r}", name)
+    if value < low or (high is not None and value > high):
+        top = "" if high is None else f" and at most {high}"
+        raise RequestError(f"{name} must be at least {low}{top}, not {value}", name)
+
+
+def _strings(name: str, value: str | Sequence[str] | None) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    texts = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise RequestError(f"{name} must be strings that are not empty", name)
+    return texts
+
+
+def _token_ids(name: str, value: Sequence[int] | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    for token in value:
+        _integer(name, token, 0)
+    return tuple(value)
