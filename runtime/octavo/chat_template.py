@@ -1,4 +1,6 @@
-"""From chat messages to the prompt text, by the Jinja template that comes with a model. Called by `tokenizer.Tokenizer`.
+"""From chat messages to the prompt text, by the Jinja template that comes with a model.
+
+Called by `tokenizer.Tokenizer`.
 
 A template is code from a stranger. It runs in Jinja's immutable sandbox, sees only plain JSON values, and has bounds on
 its loops, its time and the size of what it builds. Apart from that it renders as transformers does: same whitespace
@@ -158,7 +160,7 @@ def _cut_at_tag(text: str, opened: str) -> str:
     return kept if text.startswith(_TAG, place) else kept.rstrip()
 
 
-# -- the sandbox ----------------------------------------------------------------------------------------------------------
+# -- the sandbox -----------------------------------------------------------------------------------------------------
 
 
 class _RejectedByTemplate(TemplateError):

@@ -1,8 +1,8 @@
 """Text to token ids and back. `load_tokenizer` is called by the engine's front and by the CLI.
 
 The usual files (`tokenizer.json`, or a GGUF header) are read with the `tokenizers` library alone, because importing
-transformers takes longer than everything else here; its AutoTokenizer serves the other formats. Code that lies in a model
-folder runs only if the caller passed `trust_remote_code=True`.
+transformers takes longer than everything else here; its AutoTokenizer serves the other formats. Code that lies in a
+model folder runs only if the caller passed `trust_remote_code=True`.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Tokenizer:
         self._hf: PreTrainedTokenizerFast | None = None
         self._lock = threading.Lock()
 
-    # -- text and ids ---------------------------------------------------------------------------------------------------
+    # -- text and ids ------------------------------------------------------------------------------------------------
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`. A chat template writes its own special tokens: encode what it renders without them."""
@@ -134,7 +134,7 @@ class Tokenizer:
                 pass
         return token.replace("▁", " ").encode("utf-8", "replace")
 
-    # -- chat -----------------------------------------------------------------------------------------------------------
+    # -- chat --------------------------------------------------------------------------------------------------------
 
     @property
     def has_chat_template(self) -> bool:
@@ -180,7 +180,7 @@ class Tokenizer:
             variables={**self._named, **kwargs},
         )
 
-    # -- the model and other libraries ------------------------------------------------------------------------------------
+    # -- the model and other libraries -------------------------------------------------------------------------------
 
     def check_against(self, config: ModelConfig) -> None:
         """Raise `ModelFileError` when a token has no row in the model's embedding of `config.vocab_size` rows."""
@@ -213,7 +213,7 @@ class Tokenizer:
         return dict(self._named)
 
 
-# -- reading files ----------------------------------------------------------------------------------------------------------
+# -- reading files ---------------------------------------------------------------------------------------------------
 
 
 def _from_tokenizer_json(folder: Path, path: Path, settings: dict[str, Any]) -> Tokenizer:
@@ -266,7 +266,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, settings: Mapping[str, Any], file
 
 
 def _template_files(folder: Path) -> str | dict[str, str] | None:
-    """`chat_template.jinja` and its siblings, or the `chat_template.json` of some processors; they win over the config."""
+    """`chat_template.jinja` and its siblings, or a `chat_template.json`; they win over tokenizer_config.json."""
     found: dict[str, str] = {}
     main = folder / "chat_template.jinja"
     more = sorted((folder / "additional_chat_templates").glob("*.jinja"))

@@ -1,7 +1,7 @@
 """From token ids to text as they arrive. One `Detokenizer` per sequence; called on the consumer's side of a request.
 
-A token is often only part of a character, so text is handed out when it is certain, never a U+FFFD too early. Each token
-costs the same, however long the sequence is.
+A token is often only part of a character, so text is handed out when it is certain, never a U+FFFD too early. Each
+token costs the same, however long the sequence is.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Detokenizer:
         prompt_ids: what came before; it decides whether a first leading space belongs to the text.
         skip_special_tokens: leave control tokens out of the text.
 
-    For byte-level tokenizers the join is exact for any ids whatever. For byte-fallback (sentencepiece) tokenizers it is exact
-    for valid text; they decode a broken run of bytes as a whole, which a stream cannot foresee.
+    For byte-level tokenizers the join is exact for any ids whatever. For byte-fallback (sentencepiece) tokenizers it is
+    exact for valid text; they decode a broken run of bytes as a whole, which a stream cannot foresee.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> None:

@@ -104,7 +104,7 @@ class GGUFFile:
             raise UnsupportedModelError(f"is {info.type_name}; F32 is expected", file=str(self.path), field=name)
         return list(struct.unpack_from(f"<{info.nbytes // 4}f", self.data, info.offset))
 
-    # -- parsing ------------------------------------------------------------------------------------------------------
+    # -- parsing -----------------------------------------------------------------------------------------------------
 
     def _bad(self, field: str | None, message: str) -> ModelFileError:
         return ModelFileError(message, file=str(self.path), field=field)

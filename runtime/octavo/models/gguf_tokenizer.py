@@ -1,8 +1,8 @@
-"""The tokenizer that a GGUF header describes. Called by `tokenizer.load_tokenizer`; needs neither torch nor transformers.
+"""The tokenizer that a GGUF header describes. Called by `tokenizer.load_tokenizer`; needs no torch, no transformers.
 
 Built straight from the vocabulary and the merges, in about a fifth of a second for 49 000 tokens. How text is split
-before merging follows `tokenizer.ggml.pre`, as llama.cpp and the original tokenizers do. (transformers ignores some of its
-values: for "smollm" it drops the rule that digits stand alone, and "x  7" comes out as ids the model never saw.)
+before merging follows `tokenizer.ggml.pre`, as llama.cpp and the original tokenizers do. (transformers ignores some of
+its values: for "smollm" it drops the rule that digits stand alone, and "x  7" comes out as ids the model never saw.)
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Weights by name, whatever file holds them. Called by the loader, which owns the destinations.
 
 A reader knows the tensors of a model under their Hugging Face names and copies one at a time into memory that the
-caller allocated (on any device, of any floating dtype, often a slice of a fused matrix). No second copy of a whole tensor
-is made: safetensors are copied out of a memory map, GGUF tensors are dequantised some rows at a time.
+caller allocated (on any device, of any floating dtype, often a slice of a fused matrix). No second copy of a whole
+tensor is made: safetensors are copied out of a memory map, GGUF tensors are dequantised some rows at a time.
 """
 
 from __future__ import annotations
