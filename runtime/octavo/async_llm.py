@@ -1,0 +1,156 @@
+"""`AsyncLLM`: the same engine for asyncio code. Cancelling a task, or leaving a stream, ends its request in the engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+from octavo.client import Client, Message, Prompt
+from octavo.decode.assemble import Assembler
+from octavo.engine.request import TokenEvent
+from octavo.errors import RequestError
+from octavo.llm import Params, _as_batch, _each, conversations
+from octavo.models.sources import DEFAULT_MODEL
+from octavo.outputs import RequestOutput, StreamPiece
+from octavo.sampling_params import SamplingParams
+
+
+class AsyncTokenStream:
+    """Pieces of one request, for `async for`. `aclose()` ends the request."""
+
+    def __init__(self, assembler: Assembler, events: asyncio.Queue[TokenEvent], abort: Callable[[Any], None]) -> None:
+        self._assembler, self._events, self._abort = assembler, events, abort
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> StreamPiece:
+        assembler = self._assembler
+        try:
+            while not assembler.done:
+                piece = assembler.push(await self._events.get())
+                if piece is not None:
+                    return piece
+        except BaseException:  # cancelled while waiting
+            self.close()
+            raise
+        if assembler.error is not None:
+            raise assembler.error
+        raise StopAsyncIteration
+
+    @property
+    def output(self) -> RequestOutput:
+        """Everything so far."""
+        return self._assembler.output()
+
+    def close(self) -> None:
+        """End the request if it still runs. Never waits."""
+        if not self._assembler.done:
+            self._abort(self._assembler.request)
+
+    async def aclose(self) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class AsyncLLM(Client):
+    """Like `LLM`, for asyncio. The constructor loads the model and blocks meanwhile; `await AsyncLLM.create(...)` does not."""
+
+    @classmethod
+    async def create(cls, model: str = DEFAULT_MODEL, **settings: Any) -> Self:
+        """Start without blocking the event loop. The arguments are those of `LLM`."""
+        return await asyncio.to_thread(cls, model, **settings)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0) -> AsyncTokenStream:
+        """Pieces of one completion: `async for piece in llm.stream(...)`."""
+        return self._stream(prompt, sampling_params, priority)
+
+    async def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, *, priority: int = 0,
+        return_exceptions: bool = False,
+    ) -> list[RequestOutput]:  # fmt: skip
+        """Complete one prompt or many; all run at once. See `LLM.generate`."""
+        batch = _as_batch(prompts)
+        return await self._run(batch, _each(sampling_params, len(batch)), priority, return_exceptions)
+
+    def chat_stream(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, *, priority: int = 0, **options: Any
+    ) -> AsyncTokenStream:
+        """Pieces of the answer to one conversation. `options` as for `LLM.chat`."""
+        return self._stream(self.chat_prompt(messages, _chat_options(options)), sampling_params, priority, special=False)
+
+    async def chat(
+        self, messages: Sequence[Message] | Sequence[Sequence[Message]], sampling_params: Params = None, *, priority: int = 0,
+        return_exceptions: bool = False, **options: Any,
+    ) -> list[RequestOutput]:  # fmt: skip
+        """Answer one conversation or many. `options` as for `LLM.chat`."""
+        prompts = [self.chat_prompt(conversation, _chat_options(options)) for conversation in conversations(messages)]
+        return await self._run(prompts, _each(sampling_params, len(prompts)), priority, return_exceptions, special=False)
+
+    def _stream(self, prompt: Prompt, params: SamplingParams | None, priority: int, *, special: bool = True) -> AsyncTokenStream:
+        if params is not None and isinstance(params, SamplingParams) and params.width > params.n:
+            raise RequestError("best_of above n cannot be streamed: the best are known at the end", "best_of")
+        stream = self._prepare(prompt, params, priority, special)
+        self.engine.service.submit(stream._assembler.request)
+        return stream
+
+    def _prepare(self, prompt: Prompt, params: SamplingParams | None, priority: int, special: bool) -> AsyncTokenStream:
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+
+        def sink(event: TokenEvent) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        assembler = self.make_request(prompt, params, sink, priority=priority, special=special)
+        return AsyncTokenStream(assembler, events, self.engine.service.abort)
+
+    async def _run(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | None], priority: int, return_exceptions: bool,
+        *, special: bool = True,
+    ) -> list[RequestOutput]:  # fmt: skip
+        streams = [self._prepare(p, q, priority, special) for p, q in zip(prompts, params, strict=True)]
+        service = self.engine.service
+
+        async def finish(stream: AsyncTokenStream) -> RequestOutput:
+            async for _ in stream:
+                pass
+            return stream.output
+
+        tasks: list[asyncio.Task[RequestOutput]] = []
+        try:
+            for stream in streams:
+                service.submit(stream._assembler.request)
+                tasks.append(asyncio.create_task(finish(stream)))
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        except BaseException:
+            for stream in streams:
+                stream.close()
+            raise
+        for result in results:
+            if isinstance(result, BaseException) and not return_exceptions:
+                raise result
+        return results  # type: ignore[return-value]
+
+    async def aclose(self) -> None:
+        """`close()` without blocking the event loop."""
+        await asyncio.to_thread(self.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+def _chat_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    rest = dict(options)
+    return {**rest.pop("chat_template_kwargs", {}), **rest}

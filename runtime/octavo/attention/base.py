@@ -1,0 +1,33 @@
+"""What an attention back end is. The runner asks it to `prepare` once a step; every layer then calls `attend` on the result."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from octavo.execute.context import StepInputs
+
+
+class PreparedAttention(ABC):
+    """One step's attention: everything that is the same for all layers is already computed."""
+
+    @abstractmethod
+    def attend(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, scale: float, window: int
+    ) -> torch.Tensor:
+        """Causal attention of the step's queries `[T, H, D]` over the cached keys and values `[blocks, KH, slot, D]`, in
+        which this step's own are written already. `window` > 0: only keys less than so many positions back. `[T, H, D]`."""
+
+
+class AttentionBackend(ABC):
+    """How attention is computed on one kind of device."""
+
+    default_block_size: int
+    row_multiple: int = 1
+    """Steps are padded to a multiple of so many tokens, where the products would otherwise depend on the batch."""
+
+    @abstractmethod
+    def prepare(self, inputs: StepInputs) -> PreparedAttention: ...

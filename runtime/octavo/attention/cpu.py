@@ -1,0 +1,155 @@
+"""Attention on the CPU: blocks are gathered into dense keys and values, then two batched products and a softmax.
+
+The query heads of a KV head are rows of one product, so keys and values are read once a group. Decoding sequences run in a few
+groups of similar length; a prefill chunk runs in tiles of queries, each against the keys it can see.
+
+Bits do not depend on the batch: keys are padded to a multiple of `KV_PAD` behind a mask, and padding adds exact zeros. Measured
+with torch 2.13 on AVX-512 over lengths 1..2048, groups 1..7, head sizes 16..128: in bfloat16 a query gives the same bits alone,
+in any batch, and as the last row of any chunk. In float32 the products do so too if row counts are multiples of 4 and the
+product with the values is done in tiles of at most 256 keys (longer ones are split differently by length).
+Two products and a softmax are also 2x faster than `scaled_dot_product_attention` for 64 decoding sequences (0.23 ms against
+0.46 ms at 64 keys, 0.58 against 1.26 at 256, bfloat16).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from octavo.attention.base import AttentionBackend, PreparedAttention
+from octavo.execute.context import StepInputs
+
+KV_PAD = 64
+VALUE_TILE = 256
+QUERY_TILE = 128
+GROUP_MIN = 8
+GROUP_SHRINK = 0.7
+"""A new group starts where sequences are shorter than this share of the group's longest: less padding, more calls."""
+
+
+class CpuAttention(AttentionBackend):
+    default_block_size = 32
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.row_multiple = 1 if dtype == torch.bfloat16 else 4
+
+    def prepare(self, inputs: StepInputs) -> PreparedAttention:
+        return _Prepared(inputs, self.row_multiple)
+
+
+@dataclass(slots=True)
+class _Part:
+    """Queries that run together: `N` sequences with `M` query tokens each, over `P` padded keys."""
+
+    tokens: torch.Tensor
+    """[N * M] which of the step's tokens."""
+    blocks: torch.Tensor
+    """[N, P / block_size] blocks of the keys, the null block where there are none."""
+    positions: torch.Tensor
+    """[N, M] positions of the queries."""
+    biases: dict[int, torch.Tensor]
+    """By window: [N, 1, M, 1, P] added to the scores, 0 or -inf."""
+
+    def bias(self, window: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
+        if window not in self.biases:
+            key = torch.arange(keys)
+            query = self.positions.unsqueeze(-1)
+            hidden = key > query
+            if window > 0:
+                hidden |= key <= query - window
+            bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+            self.biases[window] = bias[:, None, :, None, :]
+        return self.biases[window]
+
+
+class _Prepared(PreparedAttention):
+    def __init__(self, inputs: StepInputs, row_multiple: int) -> None:
+        self.row_multiple = row_multiple
+        self.block_size = inputs.block_size
+        self.block_index: dict[tuple[int, int], torch.Tensor] = {}
+        self.parts = [*self._decode_parts(inputs), *self._prefill_parts(inputs)]
+
+    def _key_blocks(self, tokens: int) -> int:
+        padded = -(-tokens // KV_PAD) * KV_PAD
+        return max(padded // self.block_size, 1)
+
+    def _decode_parts(self, inputs: StepInputs) -> list[_Part]:
+        decodes = inputs.num_decodes
+        order = sorted(range(decodes), key=lambda i: -inputs.lengths[i])
+        parts: list[_Part] = []
+        begin = 0
+        while begin < decodes:
+            longest = inputs.lengths[order[begin]]
+            end = begin + 1
+            while end < decodes and (
+                end - begin < GROUP_MIN or inputs.lengths[order[end]] >= GROUP_SHRINK * longest or longest <= KV_PAD
+            ):
+                end += 1
+            tokens = torch.tensor(order[begin:end])
+            rows = inputs.rows.index_select(0, tokens)
+            blocks = inputs.block_table[:, : self._key_blocks(longest)].index_select(0, rows)
+            parts.append(_Part(tokens, blocks, inputs.positions.index_select(0, tokens)[:, None], {}))
+            begin = end
+        return parts
+
+    def _prefill_parts(self, inputs: StepInputs) -> list[_Part]:
+        parts: list[_Part] = []
+        first = inputs.num_decodes
+        for sequence in range(inputs.num_decodes, len(inputs.counts)):
+            count, length = inputs.counts[sequence], inputs.lengths[sequence]
+            row = inputs.host_rows[sequence]
+            for begin in range(0, count, QUERY_TILE):
+                end = min(begin + QUERY_TILE, count)
+                tokens = torch.arange(first + begin, first + end)
+                blocks = inputs.block_table[row : row + 1, : self._key_blocks(length - count + end)]
+                parts.append(_Part(tokens, blocks, inputs.positions[first + begin : first + end][None], {}))
+            first += count
+        return parts
+
+    def attend(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, scale: float, window: int
+    ) -> torch.Tensor:
+        heads, dim = q.shape[1:]
+        kv_heads = k_cache.shape[1]
+        group = heads // kv_heads
+        out = torch.empty_like(q) if q.shape[0] == sum(len(p.tokens) for p in self.parts) else torch.zeros_like(q)
+        for number, part in enumerate(self.parts):
+            n, m = part.positions.shape
+            keys = part.blocks.shape[1] * self.block_size
+            index = self._index(number, part, kv_heads)
+            k = k_cache.view(-1, self.block_size * dim).index_select(0, index).view(n * kv_heads, keys, dim)
+            v = v_cache.view(-1, self.block_size * dim).index_select(0, index).view(n * kv_heads, keys, dim)
+            queries = q.index_select(0, part.tokens).view(n, m, kv_heads, group, dim)
+            rows = queries.transpose(1, 2).reshape(n * kv_heads, m * group, dim)
+            padding = -rows.shape[1] % self.row_multiple
+            if padding:
+                rows = F.pad(rows, (0, 0, 0, padding))
+            exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+            scores = torch.bmm(rows, k.transpose(1, 2))[:, : m * group].view(n, kv_heads, m, group, keys)
+            scores = torch.add(part.bias(window, keys, exact), scores, alpha=scale)
+            weights = torch.softmax(scores, dim=-1).to(q.dtype).view(n * kv_heads, m * group, keys)
+            if padding:
+                weights = F.pad(weights, (0, 0, 0, padding))
+            result = self._values(weights, v)[:, : m * group]
+            result = result.view(n, kv_heads, m, group, dim).transpose(1, 2).reshape(n * m, heads, dim)
+            out.index_copy_(0, part.tokens, result)
+        return out
+
+    def _index(self, number: int, part: _Part, kv_heads: int) -> torch.Tensor:
+        """Rows of the cache seen as [blocks * KH, block_size * D], in the order (sequence, KV head, block)."""
+        index = self.block_index.get((number, kv_heads))
+        if index is None:
+            head = torch.arange(kv_heads)[:, None]
+            index = (part.blocks.long()[:, None, :] * kv_heads + head).reshape(-1)
+            self.block_index[number, kv_heads] = index
+        return index
+
+    def _values(self, weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if self.row_multiple == 1:
+            return torch.bmm(weights, v)
+        result = torch.bmm(weights[..., :VALUE_TILE], v[:, :VALUE_TILE])
+        for begin in range(VALUE_TILE, v.shape[1], VALUE_TILE):
+            result.baddbmm_(weights[..., begin : begin + VALUE_TILE], v[:, begin : begin + VALUE_TILE])
+        return result

@@ -1,0 +1,31 @@
+"""Attention on a GPU: one Triton kernel family over the block tables, for prefill and decode alike."""
+
+from __future__ import annotations
+
+import torch
+from octavo_kernels import paged_attention
+
+from octavo.attention.base import AttentionBackend, PreparedAttention
+from octavo.execute.context import StepInputs
+
+
+class TritonAttention(AttentionBackend):
+    default_block_size = 16
+
+    def prepare(self, inputs: StepInputs) -> PreparedAttention:
+        return _Prepared(inputs)
+
+
+class _Prepared(PreparedAttention):
+    def __init__(self, inputs: StepInputs) -> None:
+        self.inputs = inputs
+        self.block_table = inputs.block_table.index_select(0, inputs.rows)
+
+    def attend(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, scale: float, window: int
+    ) -> torch.Tensor:
+        step = self.inputs
+        return paged_attention(
+            q, k_cache, v_cache, self.block_table, step.query_start, step.seq_lens,
+            max_query_len=step.max_query_len, max_seq_len=step.max_seq_len, scale=scale, window=window,
+        )  # fmt: skip

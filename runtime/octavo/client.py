@@ -1,0 +1,150 @@
+"""What `LLM` and `AsyncLLM` have in common: prompts and parameters become checked requests for a shared engine."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from octavo.config import engine_config_from
+from octavo.decode.assemble import Assembler
+from octavo.engine.registry import Engine, acquire
+from octavo.engine.request import Request, Sink
+from octavo.engine.service import EngineStats
+from octavo.errors import EngineClosedError, RequestError
+from octavo.models.sources import DEFAULT_MODEL, Progress
+from octavo.sampling_params import SamplingParams
+from octavo.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, or {"prompt": text} / {"prompt_token_ids": ids}, with an optional "cache_salt"."""
+Message = Mapping[str, Any]
+
+_numbers = itertools.count(1)
+
+
+class Client:
+    """A user of an engine. Keyword arguments are the fields of `EngineConfig`."""
+
+    def __init__(self, model: str = DEFAULT_MODEL, *, progress: Progress | None = None, **settings: Any) -> None:
+        self._engine: Engine | None = None  # so that close() works when the next line raises
+        self._engine = acquire(engine_config_from(model, settings), progress)
+        self._made = itertools.count()
+
+    @property
+    def engine(self) -> Engine:
+        """The shared engine. Raises `EngineClosedError` after `close()`."""
+        if self._engine is None:
+            raise EngineClosedError("this LLM was closed: make a new one")
+        return self._engine
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.engine.tokenizer
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer as transformers' `PreTrainedTokenizerFast`."""
+        return self.engine.tokenizer.hf
+
+    def stats(self) -> EngineStats:
+        """Running and waiting sequences, blocks used, cached and free."""
+        return self.engine.service.stats()
+
+    def close(self) -> None:
+        """Let go of the engine; the last user's `close` ends its requests and gives back its memory. Safe to call twice."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.release()
+
+    def __del__(self) -> None:
+        if getattr(self, "_engine", None) is not None:
+            self.close()
+
+    # ---------------------------------------------------------------- making requests
+
+    def make_request(
+        self, prompt: Prompt, params: SamplingParams | None, sink: Sink, *, priority: int = 0, special: bool = True
+    ) -> Assembler:
+        """Check everything and build the request; nothing is submitted yet. `special`: add BOS as the tokenizer does."""
+        engine = self.engine
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling_params must be SamplingParams, not {type(params).__name__}", "sampling_params")
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise RequestError(f"priority must be an integer, not {priority!r}", "priority")
+        text, ids, salt = self._prompt(prompt, special)
+        number = next(self._made)
+        request = Request(
+            f"octavo-{next(_numbers)}", ids, params, sink,
+            max_tokens=self._max_tokens(len(ids), params),
+            eos_token_ids={*engine.model_config.eos_token_ids, *engine.tokenizer.eos_token_ids},
+            bad_word_ids=self._bad_words(params),
+            seed=params.seed if params.seed is not None else random.Random((engine.config.seed << 32) + number).getrandbits(62),
+            priority=priority,
+            cache_salt=salt,
+        )  # fmt: skip
+        return Assembler(request, text, engine.tokenizer, engine.service.abort)
+
+    def _prompt(self, prompt: Prompt, special: bool) -> tuple[str | None, list[int], str]:
+        salt = ""
+        if isinstance(prompt, Mapping):
+            salt = prompt.get("cache_salt") or ""
+            if not isinstance(salt, str):
+                raise RequestError("cache_salt must be a string", "cache_salt")
+            if "prompt_token_ids" in prompt:
+                prompt = prompt["prompt_token_ids"]
+            elif "prompt" in prompt:
+                prompt = prompt["prompt"]
+            else:
+                raise RequestError('a prompt given as a dict needs "prompt" or "prompt_token_ids"', "prompt")
+        if isinstance(prompt, str):
+            ids, text = self.tokenizer.encode(prompt, add_special_tokens=special), prompt
+        elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
+            ids, text = list(prompt), None
+            vocabulary = self.engine.limits.vocab_size
+            for token in ids:
+                if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
+                    raise RequestError(
+                        f"token ids must be integers from 0 to {vocabulary - 1}, not {token!r}", "prompt_token_ids"
+                    )
+        else:
+            raise RequestError(f"a prompt must be text or token ids, not {type(prompt).__name__}", "prompt")
+        if not ids:
+            raise RequestError("the prompt is empty: it has no token", "prompt")
+        return text, ids, salt
+
+    def _max_tokens(self, prompt_tokens: int, params: SamplingParams) -> int:
+        limits = self.engine.limits
+        room = limits.max_model_len - prompt_tokens
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {prompt_tokens} tokens, but this engine holds {limits.max_model_len} with the output: "
+                "shorten it, or start with a larger max_model_len", "prompt",
+            )  # fmt: skip
+        if params.min_tokens > room:
+            raise RequestError(f"min_tokens={params.min_tokens}, but there is room for {room} tokens only", "min_tokens")
+        for name in ("allowed_token_ids", "stop_token_ids", "logit_bias"):
+            for token in getattr(params, name) or ():
+                if token >= limits.vocab_size:
+                    raise RequestError(f"{name}: {token} is not in the vocabulary of {limits.vocab_size} tokens", name)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > limits.vocab_size:
+                raise RequestError(f"{name} exceeds the vocabulary of {limits.vocab_size} tokens", name)
+        return room if params.max_tokens is None else min(params.max_tokens, room)
+
+    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+        """Each word at the start of a text and after a space: tokenizers have different tokens for the two."""
+        found: list[list[int]] = []
+        for word in params.bad_words or ():
+            for text in (word, " " + word.lstrip()):
+                ids = self.tokenizer.encode(text, add_special_tokens=False)
+                if ids and ids not in found:
+                    found.append(ids)
+        return found
+
+    def chat_prompt(self, messages: Sequence[Message], options: Mapping[str, Any]) -> dict[str, Any]:
+        """A conversation as a prompt, by the model's chat template."""
+        tokenizer = self.tokenizer
+        text = tokenizer.apply_chat_template(list(messages), **options)
+        return {"prompt": text}

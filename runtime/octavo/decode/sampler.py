@@ -1,0 +1,131 @@
+"""From logits to tokens, on the device. Called by the runner once a step, for the rows that sample.
+
+Only what some row asks for is computed: greedy rows take the maximum of the raw logits; noise, filters, penalties and
+log-probabilities each run for the rows that have them. The noise is keyed by (seed, position), so a row's token does not
+depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from octavo_kernels import gumbel_sample, top_k_top_p_min_p
+
+from octavo.decode.row import RowSampling
+from octavo.execute.table import FLOATS, RowTable
+
+
+@dataclass(slots=True)
+class DeviceLogprobs:
+    """Log-probabilities of some positions, still on the device."""
+
+    chosen: torch.Tensor
+    """[S] float32."""
+    ranks: torch.Tensor
+    """[S] int64, 1 is the most likely."""
+    top_ids: torch.Tensor
+    """[S, K] int64."""
+    top: torch.Tensor
+    """[S, K] float32."""
+
+
+def logprobs_of(logprobs: torch.Tensor, tokens: torch.Tensor, count: int) -> DeviceLogprobs:
+    """What is reported of `logprobs` [S, V]: the chosen `tokens` [S], their ranks, and the `count` most likely tokens."""
+    chosen = logprobs.gather(1, tokens[:, None])
+    ranks = (logprobs > chosen).sum(dim=1) + 1
+    top, top_ids = logprobs.topk(count, dim=1)
+    return DeviceLogprobs(chosen[:, 0], ranks, top_ids, top)
+
+
+@dataclass(slots=True)
+class Sampled:
+    tokens: torch.Tensor
+    """[S] int64; -1 where the logits were not finite or no token was allowed."""
+    logprobs: DeviceLogprobs | None
+    logprob_rows: list[int]
+    """Which of the S rows `logprobs` belongs to, in order."""
+
+
+class Sampler:
+    def __init__(self, table: RowTable) -> None:
+        self.table = table
+
+    def sample(
+        self, logits: torch.Tensor, rows: torch.Tensor, sampling: list[RowSampling], host_rows: list[int], lengths: list[int],
+        positions: torch.Tensor,
+    ) -> Sampled:  # fmt: skip
+        """`logits` [S, V]; `rows`, `positions` [S] int64 (the position which the new token will have); `lengths`: the same
+        positions, known to the host."""
+        wanting = [i for i, row in enumerate(sampling) if row.logprobs is not None]
+        reported = torch.log_softmax(_pick(logits, wanting), dim=-1, dtype=torch.float32) if wanting else None
+        if all(row.plain and row.greedy for row in sampling):
+            tokens = logits.argmax(dim=-1)
+        else:
+            logits = logits.float().contiguous()
+            self._process(logits, sampling, host_rows, lengths)
+            self._penalise(logits, rows, sampling, lengths)
+            if all(row.greedy for row in sampling):
+                tokens = logits.argmax(dim=-1)
+            else:
+                temperature = self._float("temperature", rows)
+                self._filter(logits, rows, sampling, temperature)
+                tokens = gumbel_sample(logits, temperature, self.table.seeds.index_select(0, rows), positions)
+        possible = logits.gather(1, tokens[:, None])[:, 0].isfinite()
+        result = Sampled(torch.where(possible, tokens, -1), None, wanting)
+        if reported is not None:
+            most = max(sampling[i].logprobs or 0 for i in wanting)
+            result.logprobs = logprobs_of(reported, _pick(tokens, wanting), most)
+        return result
+
+    def _process(
+        self, logits: torch.Tensor, sampling: list[RowSampling], host_rows: list[int], lengths: list[int]
+    ) -> None:
+        for i, row in enumerate(sampling):
+            for processor in row.processors:
+                processor.apply(logits[i], self.table.tokens[host_rows[i]], lengths[i])
+
+    def _penalise(
+        self, logits: torch.Tensor, rows: torch.Tensor, sampling: list[RowSampling], lengths: list[int]
+    ) -> None:
+        chosen = [i for i, row in enumerate(sampling) if row.penalised]
+        if not chosen:
+            return
+        send = self.table.send
+        index = send(chosen, torch.int64)
+        rows = rows.index_select(0, index)
+        longest = max(lengths[i] for i in chosen)
+        history = self.table.tokens[:, :longest].index_select(0, rows).long()
+        place = torch.arange(longest, device=history.device)
+        known = place < send([lengths[i] for i in chosen], torch.int64)[:, None]
+        made = known & (place >= send([sampling[i].num_prompt for i in chosen], torch.int64)[:, None])
+        part = logits.index_select(0, index)
+        counts = torch.zeros_like(part).scatter_add_(1, history, made.to(part.dtype))
+        seen = torch.zeros_like(part).scatter_add_(1, history, known.to(part.dtype)) > 0
+        repetition = self._float("repetition_penalty", rows)[:, None]
+        part = torch.where(seen, torch.where(part > 0, part / repetition, part * repetition), part)
+        part -= self._float("frequency_penalty", rows)[:, None] * counts
+        part -= self._float("presence_penalty", rows)[:, None] * (counts > 0)
+        logits.index_copy_(0, index, part)
+
+    def _filter(
+        self, logits: torch.Tensor, rows: torch.Tensor, sampling: list[RowSampling], temperature: torch.Tensor
+    ) -> None:
+        chosen = [i for i, row in enumerate(sampling) if row.filtered]
+        if not chosen:
+            return
+        index = self.table.send(chosen, torch.int64)
+        rows = rows.index_select(0, index)
+        part = logits.index_select(0, index)
+        top_k, top_p, min_p = self.table.top_k.index_select(0, rows), self._float("top_p", rows), self._float("min_p", rows)
+        top_k_top_p_min_p(part, temperature.index_select(0, index), top_k, top_p, min_p)
+        logits.index_copy_(0, index, part)
+
+    def _float(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        return self.table.floats[:, FLOATS.index(name)].index_select(0, rows)
+
+
+def _pick(values: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    if len(rows) == len(values):
+        return values
+    return values[torch.tensor(rows, device=values.device)]

@@ -1,0 +1,135 @@
+"""One engine per configuration in a process. `acquire` starts it or joins it, `Engine.release` gives it back; the last one closes.
+
+Ten chains that name the same model share one engine, one KV cache and one batch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import gc
+import os
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from octavo.config import EngineConfig
+from octavo.engine.service import EngineService
+from octavo.models.config import ModelConfig, load_config
+from octavo.models.sources import ModelFiles, Progress, resolve
+from octavo.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request must keep to, and what "auto" became."""
+
+    max_model_len: int
+    vocab_size: int
+    device: str
+    dtype: str
+    num_blocks: int
+    block_size: int
+
+
+@dataclass(slots=True)
+class Engine:
+    """A running engine and what its callers need to talk to it."""
+
+    config: EngineConfig
+    files: ModelFiles
+    model_config: ModelConfig
+    tokenizer: Tokenizer
+    service: EngineService
+    limits: Limits
+    seconds_to_ready: float
+    users: int = 0
+
+    def release(self) -> None:
+        """One user less; the last one closes the engine and gives its memory back."""
+        with _lock:
+            self.users -= 1
+            last = self.users <= 0
+            if last and _engines.get(_key(self.config)) is self:
+                del _engines[_key(self.config)]
+        if last:
+            self.service.close()
+            give_back_memory()
+
+
+_engines: dict[tuple[int, EngineConfig], Engine] = {}
+_lock = threading.RLock()
+_starting: dict[tuple[int, EngineConfig], threading.Lock] = {}
+
+
+def _key(config: EngineConfig) -> tuple[int, EngineConfig]:
+    return (os.getpid(), config)
+
+
+def acquire(config: EngineConfig, progress: Progress | None = None) -> Engine:
+    """The engine of this configuration, started if there is none. Callers of one configuration wait for the same start."""
+    key = _key(config)
+    with _lock:
+        start = _starting.setdefault(key, threading.Lock())
+    with start:
+        with _lock:
+            engine = _engines.get(key)
+            if engine is not None and not engine.service.closed:
+                engine.users += 1
+                return engine
+        engine = _start(config, progress)
+        with _lock:
+            engine.users = 1
+            _engines[key] = engine
+        return engine
+
+
+def _start(config: EngineConfig, progress: Progress | None) -> Engine:
+    began = time.monotonic()
+    files = resolve(
+        config.model, revision=config.revision, token=config.token, progress=progress,
+        need_weights=config.load_format != "dummy",
+    )  # fmt: skip
+    model_config = load_config(files)
+    with ThreadPoolExecutor(1) as background:  # the tokenizer loads while torch is imported and the weights are read
+        tokenizer = background.submit(load_tokenizer, files, trust_remote_code=config.trust_remote_code)
+        from octavo.execute.build import build_core, resolve_settings
+
+        resolved = resolve_settings(config, model_config)
+        service = EngineService(
+            lambda: build_core(config, files, model_config, resolved, progress), max_queued_requests=config.max_queued_requests
+        )
+        service.start()
+        try:
+            tokenizer.result().check_against(model_config)
+        except BaseException:
+            service.close()
+            raise
+    limits = Limits(
+        resolved.max_model_len, model_config.vocab_size, str(resolved.device), str(resolved.dtype).removeprefix("torch."),
+        resolved.num_blocks, resolved.block_size,
+    )  # fmt: skip
+    return Engine(config, files, model_config, tokenizer.result(), service, limits, time.monotonic() - began)
+
+
+def give_back_memory() -> None:
+    """Collect what is unreachable and return free memory to the system and to the GPU."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        except (OSError, AttributeError):
+            pass  # another C library: it has its own ways
+
+
+@atexit.register
+def _close_all() -> None:
+    """At exit, end the threads in order: a thread that runs torch while the interpreter goes away can crash it."""
+    for (pid, _), engine in list(_engines.items()):
+        if pid == os.getpid():
+            engine.service.close()

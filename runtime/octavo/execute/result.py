@@ -1,0 +1,67 @@
+"""A step under way, and its results on the host. The only place that waits for the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from octavo.decode.sampler import DeviceLogprobs, Sampled
+from octavo.engine.request import RawLogprobs, TokenEvent
+from octavo.errors import RequestFailedError
+
+
+@dataclass(slots=True)
+class StepResult:
+    """`Launched` of the engine's loop. Copies to the host begin when it is made; `wait` finishes them."""
+
+    size: int
+    """Entries of the plan's `steps`."""
+    sampled: Sampled | None
+    sampling: list[int]
+    """Which entries sampled, in order."""
+    prompt_logprobs: dict[int, DeviceLogprobs] = field(default_factory=dict)
+    """By entry."""
+    _copied: torch.cuda.Event | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampled is not None and self.sampled.tokens.is_cuda:
+            self.sampled.tokens = _begin_copy(self.sampled.tokens)
+            for raw in (self.sampled.logprobs, *self.prompt_logprobs.values()):
+                if raw is not None:
+                    raw.chosen, raw.ranks = _begin_copy(raw.chosen), _begin_copy(raw.ranks)
+                    raw.top, raw.top_ids = _begin_copy(raw.top), _begin_copy(raw.top_ids)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def wait(self) -> list[TokenEvent | None]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        events: list[TokenEvent | None] = [None] * self.size
+        for entry, raw in self.prompt_logprobs.items():
+            events[entry] = TokenEvent(0, prompt_logprobs=_to_host(raw))
+        if self.sampled is not None:
+            tokens = self.sampled.tokens.tolist()
+            logprobs = dict(zip(self.sampled.logprob_rows, _to_host(self.sampled.logprobs), strict=True))
+            for number, entry in enumerate(self.sampling):
+                event = events[entry] or TokenEvent(0)
+                if tokens[number] < 0:
+                    event.error = RequestFailedError(
+                        "no token could be chosen: the model's output was not finite, or the request forbids every token"
+                    )
+                event.token_ids = [tokens[number]]
+                event.logprobs = [logprobs[number]] if number in logprobs else None
+                events[entry] = event
+        return events
+
+
+def _begin_copy(tensor: torch.Tensor) -> torch.Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _to_host(raw: DeviceLogprobs | None) -> list[RawLogprobs]:
+    if raw is None:
+        return []
+    columns = zip(raw.chosen.tolist(), raw.ranks.tolist(), raw.top_ids.tolist(), raw.top.tolist(), strict=True)
+    return [RawLogprobs(*column) for column in columns]

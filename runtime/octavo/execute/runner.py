@@ -1,0 +1,94 @@
+"""One step on the device: forward, sample, begin the copy to the host. Nothing here waits for the device.
+
+The runner sees plans and rows, never requests; the model sees token ids, positions and the `ForwardContext`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from octavo.attention.base import AttentionBackend
+from octavo.decode.row import RowSampling
+from octavo.decode.sampler import DeviceLogprobs, Sampled, Sampler, logprobs_of
+from octavo.engine.plan import StepPlan
+from octavo.execute.context import ForwardContext, KVCache, StepInputs
+from octavo.execute.result import StepResult
+from octavo.execute.table import RowTable
+
+PROMPT_LOGPROB_TILE = 256
+"""Prompt positions whose logits are held at once: [256, V] float32 is 50 MB at V = 49152."""
+
+
+class Model(Protocol):
+    """What a model offers to the runner."""
+
+    def forward(self, context: ForwardContext) -> torch.Tensor:
+        """Final hidden states [T, hidden], normed."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[S, hidden] -> [S, V]."""
+
+
+class Runner:
+    def __init__(self, model: Model, kv: KVCache, table: RowTable, attention: AttentionBackend) -> None:
+        self.model, self.kv, self.table, self.attention = model, kv, table, attention
+        self.sampler = Sampler(table)
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> StepResult:
+        self.table.apply(plan, self.kv)
+        inputs = self.table.gather(plan, self.attention.row_multiple)
+        context = ForwardContext(inputs, self.attention.prepare(inputs), self.kv)
+        hidden = self.model.forward(context)
+        sampling = [entry for entry, step in enumerate(plan.steps) if step.samples]
+        return StepResult(
+            size=len(plan.steps),
+            sampled=self._sample(plan, inputs, hidden, sampling) if sampling else None,
+            sampling=sampling,
+            prompt_logprobs=self._prompt_logprobs(plan, inputs, hidden),
+        )
+
+    def _sample(self, plan: StepPlan, inputs: StepInputs, hidden: torch.Tensor, sampling: list[int]) -> Sampled:
+        table = self.table
+        host_rows = [inputs.host_rows[entry] for entry in sampling]
+        lengths = [inputs.lengths[entry] for entry in sampling]
+        ends, end = [], 0
+        for count in inputs.counts:
+            end += count
+            ends.append(end - 1)
+        size = len(sampling)
+        padding = -size % self.attention.row_multiple
+        last = [ends[entry] for entry in sampling]
+        packed = table.send([*host_rows, *lengths, *last, *last[:1] * padding], torch.int64)
+        rows, positions, chosen = packed.split([size, size, size + padding])
+        states = hidden.index_select(0, chosen)
+        logits = self.model.logits(states)[:size]
+        sampled = self.sampler.sample(logits, rows, self._sampling(host_rows), host_rows, lengths, positions)
+        sampled.tokens = torch.where(states[:size].isfinite().all(dim=-1), sampled.tokens, -1)
+        table.tokens.index_put_((rows, positions), sampled.tokens.clamp_min(0).to(torch.int32))
+        return sampled
+
+    def _sampling(self, rows: list[int]) -> list[RowSampling]:
+        return [sampling for row in rows if (sampling := self.table.sampling[row]) is not None]
+
+    def _prompt_logprobs(self, plan: StepPlan, inputs: StepInputs, hidden: torch.Tensor) -> dict[int, DeviceLogprobs]:
+        found: dict[int, DeviceLogprobs] = {}
+        first = 0
+        for entry, step in enumerate(plan.steps):
+            if step.prompt_logprobs is not None:
+                row = self.table.sampling[step.row]
+                assert row is not None
+                count = min(step.count, row.num_prompt - 1 - step.start)
+                targets = self.table.tokens[step.row, step.start + 1 : step.start + 1 + count].long()
+                tiles = []
+                for begin in range(0, count, PROMPT_LOGPROB_TILE):
+                    end = min(begin + PROMPT_LOGPROB_TILE, count)
+                    logits = self.model.logits(hidden[first + begin : first + end])
+                    logprobs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+                    tiles.append(logprobs_of(logprobs, targets[begin:end], step.prompt_logprobs))
+                names = ("chosen", "ranks", "top_ids", "top")
+                found[entry] = DeviceLogprobs(*(torch.cat([getattr(tile, name) for tile in tiles]) for name in names))
+            first += step.count
+        return found

@@ -1,0 +1,47 @@
+"""Makes a model and fills it: every weight is copied once, from the mapped file straight into its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from octavo.errors import ModelFileError
+from octavo.models.config import ModelConfig
+from octavo.models.llama import LlamaFamily
+from octavo.models.registry import build_model
+from octavo.models.sources import ModelFiles
+from octavo.models.weights import open_dummy, open_weights
+
+LOAD_THREADS = 2
+"""Copies and dequantisation leave the interpreter; more threads than this did not help on 2 cores."""
+
+
+def load_model(
+    files: ModelFiles, config: ModelConfig, *, load_format: str, max_len: int, dtype: torch.dtype, device: torch.device,
+    progress: Callable[[str, int, int | None], None] | None = None,
+) -> LlamaFamily:  # fmt: skip
+    """Raises `ModelFileError` naming file and tensor where the checkpoint and the config do not fit together."""
+    model = build_model(config, max_len=max_len, dtype=dtype, device=device)
+    targets = model.targets()
+    opened = open_dummy() if load_format == "dummy" else open_weights(files, config)
+    with opened as reader, torch.inference_mode():
+        if load_format != "dummy":
+            _check_names(files, set(reader.names()), set(targets))
+        done = 0
+        with ThreadPoolExecutor(LOAD_THREADS) as pool:
+            # largest first, so that no thread is left alone with the embedding at the end
+            order = sorted(targets.items(), key=lambda item: -item[1].numel())
+            for _ in pool.map(lambda item: reader.copy_into(*item), order):
+                done += 1
+                if progress is not None:
+                    progress("loading", done, len(targets))
+    return model
+
+
+def _check_names(files: ModelFiles, given: set[str], wanted: set[str]) -> None:
+    missing = sorted(wanted - given)
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise ModelFileError(f"the weights lack this tensor{more}", str(files.path), missing[0])
