@@ -24,13 +24,18 @@ _HOME = {
     "StreamPiece": "octavo.outputs",
     "Logprob": "octavo.outputs",
     "RequestMetrics": "octavo.outputs",
-} | {
-    name: "octavo.errors"
-    for name in (
-        "OctavoError", "ConfigError", "RequestError", "ModelFileError", "UnsupportedModelError", "ModelNotFoundError",
-        "DownloadError", "QueueFullError", "EngineClosedError", "ForkedEngineError", "RequestFailedError",
-    )
-}  # fmt: skip
+    "OctavoError": "octavo.errors",
+    "ConfigError": "octavo.errors",
+    "RequestError": "octavo.errors",
+    "ModelFileError": "octavo.errors",
+    "UnsupportedModelError": "octavo.errors",
+    "ModelNotFoundError": "octavo.errors",
+    "DownloadError": "octavo.errors",
+    "QueueFullError": "octavo.errors",
+    "EngineClosedError": "octavo.errors",
+    "ForkedEngineError": "octavo.errors",
+    "RequestFailedError": "octavo.errors",
+}
 
 __all__ = ["__version__", *_HOME]  # pyright: ignore
 

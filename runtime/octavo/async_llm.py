@@ -1,4 +1,5 @@
-"""`AsyncLLM`: the same engine for asyncio code. Cancelling a task, or leaving a stream, ends its request in the engine."""
+"""`AsyncLLM`: the same engine for asyncio code. Cancelling a task, or leaving a stream, ends its request in the
+engine."""
 
 from __future__ import annotations
 
@@ -63,14 +64,17 @@ class AsyncTokenStream:
 
 
 class AsyncLLM(Client):
-    """Like `LLM`, for asyncio. The constructor loads the model and blocks meanwhile; `await AsyncLLM.create(...)` does not."""
+    """Like `LLM`, for asyncio. The constructor loads the model and blocks meanwhile; `await AsyncLLM.create(...)` does
+    not."""
 
     @classmethod
     async def create(cls, model: str = DEFAULT_MODEL, **settings: Any) -> Self:
         """Start without blocking the event loop. The arguments are those of `LLM`."""
         return await asyncio.to_thread(cls, model, **settings)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0) -> AsyncTokenStream:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0
+    ) -> AsyncTokenStream:
         """Pieces of one completion: `async for piece in llm.stream(...)`."""
         return self._stream(prompt, sampling_params, priority)
 
@@ -83,20 +87,32 @@ class AsyncLLM(Client):
         return await self._run(batch, _each(sampling_params, len(batch)), priority, return_exceptions)
 
     def chat_stream(
-        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, *, priority: int = 0, **options: Any
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        **options: Any,
     ) -> AsyncTokenStream:
         """Pieces of the answer to one conversation. `options` as for `LLM.chat`."""
-        return self._stream(self.chat_prompt(messages, _chat_options(options)), sampling_params, priority, special=False)
+        return self._stream(
+            self.chat_prompt(messages, _chat_options(options)), sampling_params, priority, special=False
+        )
 
     async def chat(
-        self, messages: Sequence[Message] | Sequence[Sequence[Message]], sampling_params: Params = None, *, priority: int = 0,
+        self, messages: Sequence[Message] | Sequence[Sequence[Message]], sampling_params: Params = None, *, priority:
+        int = 0,
         return_exceptions: bool = False, **options: Any,
     ) -> list[RequestOutput]:  # fmt: skip
         """Answer one conversation or many. `options` as for `LLM.chat`."""
         prompts = [self.chat_prompt(conversation, _chat_options(options)) for conversation in conversations(messages)]
-        return await self._run(prompts, _each(sampling_params, len(prompts)), priority, return_exceptions, special=False)
+        return await self._run(
+            prompts, _each(sampling_params, len(prompts)), priority, return_exceptions, special=False
+        )
 
-    def _stream(self, prompt: Prompt, params: SamplingParams | None, priority: int, *, special: bool = True) -> AsyncTokenStream:
+    def _stream(
+        self, prompt: Prompt, params: SamplingParams | None, priority: int, *, special: bool = True
+    ) -> AsyncTokenStream:
         if params is not None and isinstance(params, SamplingParams) and params.width > params.n:
             raise RequestError("best_of above n cannot be streamed: the best are known at the end", "best_of")
         stream = self._prepare(prompt, params, priority, special)
@@ -114,8 +130,8 @@ class AsyncLLM(Client):
         return AsyncTokenStream(assembler, events, self.engine.service.abort)
 
     async def _run(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | None], priority: int, return_exceptions: bool,
-        *, special: bool = True,
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | None], priority: int, return_exceptions:
+        bool, *, special: bool = True,
     ) -> list[RequestOutput]:  # fmt: skip
         streams = [self._prepare(p, q, priority, special) for p, q in zip(prompts, params, strict=True)]
         service = self.engine.service

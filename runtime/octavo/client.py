@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from octavo.config import engine_config_from
 from octavo.decode.assemble import Assembler
@@ -52,7 +52,8 @@ class Client:
         return self.engine.service.stats()
 
     def close(self) -> None:
-        """Let go of the engine; the last user's `close` ends its requests and gives back its memory. Safe to call twice."""
+        """Let go of the engine; the last user's `close` ends its requests and gives back its memory. Safe to call
+        twice."""
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.release()
@@ -66,11 +67,14 @@ class Client:
     def make_request(
         self, prompt: Prompt, params: SamplingParams | None, sink: Sink, *, priority: int = 0, special: bool = True
     ) -> Assembler:
-        """Check everything and build the request; nothing is submitted yet. `special`: add BOS as the tokenizer does."""
+        """Check everything and build the request; nothing is submitted yet. `special`: add BOS as the tokenizer
+        does."""
         engine = self.engine
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
-            raise RequestError(f"sampling_params must be SamplingParams, not {type(params).__name__}", "sampling_params")
+            raise RequestError(
+                f"sampling_params must be SamplingParams, not {type(params).__name__}", "sampling_params"
+            )
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise RequestError(f"priority must be an integer, not {priority!r}", "priority")
         text, ids, salt = self._prompt(prompt, special)
@@ -78,11 +82,10 @@ class Client:
         request = Request(
             f"octavo-{next(_numbers)}", ids, params, sink,
             max_tokens=self._max_tokens(len(ids), params),
-            eos_token_ids={*engine.model_config.eos_token_ids, *engine.tokenizer.eos_token_ids},
+            eos_token_ids=[*engine.model_config.eos_token_ids, *engine.tokenizer.eos_token_ids],
             bad_word_ids=self._bad_words(params),
-            seed=params.seed if params.seed is not None else random.Random((engine.config.seed << 32) + number).getrandbits(62),
-            priority=priority,
-            cache_salt=salt,
+            seed=params.seed if params.seed is not None else random.Random((engine.config.seed << 32) +
+            number).getrandbits(62), priority=priority, cache_salt=salt,
         )  # fmt: skip
         return Assembler(request, text, engine.tokenizer, engine.service.abort)
 
@@ -101,7 +104,7 @@ class Client:
         if isinstance(prompt, str):
             ids, text = self.tokenizer.encode(prompt, add_special_tokens=special), prompt
         elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
-            ids, text = list(prompt), None
+            ids, text = cast(list[int], list(prompt)), None
             vocabulary = self.engine.limits.vocab_size
             for token in ids:
                 if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
@@ -123,7 +126,9 @@ class Client:
                 "shorten it, or start with a larger max_model_len", "prompt",
             )  # fmt: skip
         if params.min_tokens > room:
-            raise RequestError(f"min_tokens={params.min_tokens}, but there is room for {room} tokens only", "min_tokens")
+            raise RequestError(
+                f"min_tokens={params.min_tokens}, but there is room for {room} tokens only", "min_tokens"
+            )
         for name in ("allowed_token_ids", "stop_token_ids", "logit_bias"):
             for token in getattr(params, name) or ():
                 if token >= limits.vocab_size:

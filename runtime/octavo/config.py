@@ -1,7 +1,8 @@
 """The engine's settings: one frozen `EngineConfig`, checked when it is made. Used by every way of starting an engine.
 
-`engine_config_from` turns the keyword arguments of `LLM(...)` into one. It knows the names that other runtimes use: those
-whose value asks for nothing special are accepted, those that Octavo does not have yet are refused by name, never ignored.
+`engine_config_from` turns the keyword arguments of `LLM(...)` into one. It knows the names that other runtimes use:
+those whose value asks for nothing special are accepted, those that Octavo does not have yet are refused by name, never
+ignored.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class EngineConfig:
     device: str = "auto"
     """"cuda" (or "cuda:1"), "cpu", or "auto": the GPU if there is one."""
     dtype: str = "auto"
-    """Type of weights and activations. "auto": the model's on a GPU, bfloat16 on CPUs that multiply it natively, else float32."""
+    """Type of weights and activations. "auto": the model's on a GPU, bfloat16 on CPUs that multiply it natively, else
+    float32."""
     max_model_len: int | None = None
     """Longest prompt plus output in tokens. Default: what the model was made for, as far as the KV cache holds it."""
     block_size: int | None = None
@@ -64,7 +66,14 @@ class EngineConfig:
         _one_of("dtype", self.dtype, DTYPES)
         if not isinstance(self.device, str) or self.device.split(":")[0] not in DEVICES:
             raise ConfigError(f"device must be one of {', '.join(DEVICES)} or cuda:N, not {self.device!r}", "device")
-        for name in ("max_model_len", "block_size", "num_blocks", "kv_cache_memory", "max_num_seqs", "max_num_batched_tokens"):
+        for name in (
+            "max_model_len",
+            "block_size",
+            "num_blocks",
+            "kv_cache_memory",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+        ):
             if getattr(self, name) is not None:
                 _positive_int(name, getattr(self, name))
         _positive_int("max_queued_requests", self.max_queued_requests)

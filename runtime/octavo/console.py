@@ -1,4 +1,5 @@
-"""Progress on the terminal, by rich: for downloads, loading and batches. Nothing is shown where stderr is no terminal."""
+"""Progress on the terminal, by rich: for downloads, loading and batches. Nothing is shown where stderr is no
+terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`LLM`: the engine for synchronous code. Any number of threads may share one, and all their requests run in one batch."""
+"""`LLM`: the engine for synchronous code. Any number of threads may share one, and all their requests run in one
+batch."""
 
 from __future__ import annotations
 
@@ -21,9 +22,12 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class TokenStream:
-    """Pieces of one request as they are made. Iterate over it; `close()` (or leaving the loop and dropping it) ends the request."""
+    """Pieces of one request as they are made. Iterate over it; `close()` (or leaving the loop and dropping it) ends the
+    request."""
 
-    def __init__(self, assembler: Assembler, events: queue.SimpleQueue[TokenEvent], abort: Callable[[Any], None]) -> None:
+    def __init__(
+        self, assembler: Assembler, events: queue.SimpleQueue[TokenEvent], abort: Callable[[Any], None]
+    ) -> None:
         self._assembler, self._events, self._abort = assembler, events, abort
 
     def __iter__(self) -> Self:
@@ -66,8 +70,9 @@ class TokenStream:
 class LLM(Client):
     """A language model in this process, ready when the constructor returns.
 
-    `model`: a folder, a GGUF file, or a model id; the default is a small chat model. Further keyword arguments are the fields of
-    `EngineConfig`. Models of the same configuration share one engine. Use it as a context manager, or call `close()`.
+    `model`: a folder, a GGUF file, or a model id; the default is a small chat model. Further keyword arguments are the
+    fields of `EngineConfig`. Models of the same configuration share one engine. Use it as a context manager, or call
+    `close()`.
 
     Raises `ConfigError`, `ModelNotFoundError`, `DownloadError`, `ModelFileError`, `UnsupportedModelError`.
     """
@@ -85,14 +90,16 @@ class LLM(Client):
     ) -> TokenStream: ...  # fmt: skip
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, *, stream: bool = False, priority: int = 0,
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, *, stream: bool = False, priority: int
+        = 0,
         use_tqdm: bool | None = None, return_exceptions: bool = False,
     ) -> list[RequestOutput] | TokenStream:  # fmt: skip
         """Complete one prompt or many.
 
         prompts: text, token ids, a dict, or a list of these. sampling_params: for all, or one for each prompt.
-        stream: yield `StreamPiece`s of one prompt as they come. use_tqdm: progress bar; default: on a terminal, for several
-        prompts. return_exceptions: put a request's error in the list in its place, instead of raising the first at the end.
+        stream: yield `StreamPiece`s of one prompt as they come. use_tqdm: progress bar; default: on a terminal, for
+        several prompts. return_exceptions: put a request's error in the list in its place, instead of raising the first
+        at the end.
 
         Everything is checked before anything runs: `RequestError` names the field (and the prompt's place in the list).
         """
@@ -103,14 +110,17 @@ class LLM(Client):
             return self._stream(batch[0], _each(sampling_params, 1)[0], priority)
         return self._run(batch, _each(sampling_params, len(batch)), priority, use_tqdm, return_exceptions)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0) -> TokenStream:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0
+    ) -> TokenStream:
         """The same as `generate(..., stream=True)`."""
         return self._stream(prompt, sampling_params, priority)
 
     @overload
     def chat(
         self, messages: Sequence[Message] | Sequence[Sequence[Message]], sampling_params: Params = None, *,
-        stream: Literal[False] = False, priority: int = 0, use_tqdm: bool | None = None, return_exceptions: bool = False,
+        stream: Literal[False] = False, priority: int = 0, use_tqdm: bool | None = None, return_exceptions: bool =
+        False,
         chat_template: str | None = None, add_generation_prompt: bool = True, continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]: ...  # fmt: skip
@@ -142,7 +152,9 @@ class LLM(Client):
         params = _each(sampling_params, len(prompts))
         return self._run(prompts, params, priority, use_tqdm, return_exceptions, special=False)
 
-    def _stream(self, prompt: Prompt, params: SamplingParams | None, priority: int, *, special: bool = True) -> TokenStream:
+    def _stream(
+        self, prompt: Prompt, params: SamplingParams | None, priority: int, *, special: bool = True
+    ) -> TokenStream:
         if params is not None and isinstance(params, SamplingParams) and params.width > params.n:
             raise RequestError("best_of above n cannot be streamed: the best are known at the end", "best_of")
         events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
@@ -213,7 +225,9 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str | Mapping):
         return [prompts]
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
-        raise RequestError(f"prompts must be text, token ids or a list of these, not {type(prompts).__name__}", "prompts")
+        raise RequestError(
+            f"prompts must be text, token ids or a list of these, not {type(prompts).__name__}", "prompts"
+        )
     if prompts and all(isinstance(item, int) for item in prompts):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
@@ -231,7 +245,7 @@ def _each(params: Params, count: int) -> list[SamplingParams | None]:
 
 def conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
     """One conversation or many, as a list of conversations."""
-    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
+    if not isinstance(messages, Sequence) or not messages or not isinstance(messages[0], Mapping | Sequence):
         raise RequestError('messages must be a list of {"role": ..., "content": ...}', "messages")
     if isinstance(messages[0], Mapping):
         return [messages]  # type: ignore[list-item]

@@ -93,8 +93,8 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class StreamPiece:
-    """What is new in one output of a streamed request. The last piece of an output has `finish_reason`; the last piece of
-    the request has `output` too."""
+    """What is new in one output of a streamed request. The last piece of an output has `finish_reason`; the last piece
+    of the request has `output` too."""
 
     text: str
     token_ids: list[int]

@@ -1,4 +1,5 @@
-"""How a request's tokens are chosen and when it ends. Checked when made; names and meanings as in vLLM's class of this name."""
+"""How a request's tokens are chosen and when it ends. Checked when made; names and meanings as in vLLM's class of this
+name."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ MAX_CHOICES = 128
 class SamplingParams:
     """Sampling parameters of one request.
 
-    The order of work on the logits: `allowed_token_ids`, `bad_words`, `min_tokens`, `logit_bias`, repetition, frequency and
-    presence penalties, `temperature`, `min_p`, `top_k`, `top_p`. Log-probabilities are those of the raw logits.
+    The order of work on the logits: `allowed_token_ids`, `bad_words`, `min_tokens`, `logit_bias`, repetition, frequency
+    and presence penalties, `temperature`, `min_p`, `top_k`, `top_p`. Log-probabilities are those of the raw logits.
 
     Raises `RequestError` (a `ValueError`) whose `field` names the parameter that is out of range.
     """
@@ -62,7 +63,8 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens."""
     seed: int | None = None
-    """The same request with the same seed gives the same tokens, whatever else runs. None: drawn from the engine's seed."""
+    """The same request with the same seed gives the same tokens, whatever else runs. None: drawn from the engine's
+    seed."""
     skip_special_tokens: bool = True
     detokenize: bool = True
     """False: token ids only, no text (then no stop strings)."""

@@ -1,4 +1,5 @@
-"""What an attention back end is. The runner asks it to `prepare` once a step; every layer then calls `attend` on the result."""
+"""What an attention back end is. The runner asks it to `prepare` once a step; every layer then calls `attend` on the
+result."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ class PreparedAttention(ABC):
     def attend(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, scale: float, window: int
     ) -> torch.Tensor:
-        """Causal attention of the step's queries `[T, H, D]` over the cached keys and values `[blocks, KH, slot, D]`, in
-        which this step's own are written already. `window` > 0: only keys less than so many positions back. `[T, H, D]`."""
+        """Causal attention of the step's queries `[T, H, D]` over the cached keys and values `[blocks, KH, slot, D]`,
+        in which this step's own are written already. `window` > 0: only keys less than so many positions back. `[T, H,
+        D]`."""
 
 
 class AttentionBackend(ABC):

@@ -1,4 +1,5 @@
-"""Attention by the kernels' plain-torch oracle: slow and obviously right, on any device. The tests compare the others to it."""
+"""Attention by the kernels' plain-torch oracle: slow and obviously right, on any device. The tests compare the others
+to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Caller's side of a request: turns the engine's token events into pieces of text, and at the end into a `RequestOutput`."""
+"""Caller's side of a request: turns the engine's token events into pieces of text, and at the end into a
+`RequestOutput`."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from octavo.tokenizer import Tokenizer
 
 
 class Assembler:
-    """One per request; not shared between threads. `abort` is called with an index when a stop string ends an output."""
+    """One per request; not shared between threads. `abort` is called with an index when a stop string ends an
+    output."""
 
     def __init__(
         self, request: Request, prompt: str | None, tokenizer: Tokenizer, abort: Callable[[Request, int | None], None]
@@ -74,7 +76,9 @@ class Assembler:
         """The `count` most likely tokens, best first, and the chosen one."""
         found = {
             top: Logprob(value, rank, self.tokenizer.token_text(top))
-            for rank, (top, value) in enumerate(zip(raw.top_ids[:count], raw.top_logprobs[:count], strict=True), start=1)
+            for rank, (top, value) in enumerate(
+                zip(raw.top_ids[:count], raw.top_logprobs[:count], strict=True), start=1
+            )
         }
         found.setdefault(token, Logprob(raw.logprob, raw.rank, self.tokenizer.token_text(token)))
         return found
@@ -90,7 +94,9 @@ class _Choice:
         self.output = CompletionOutput(index, cumulative_logprob=0.0 if wants else None, logprobs=[] if wants else None)
         self._stops = StopStrings(params.stop or (), include=params.include_stop_str_in_output)
         self._text = (
-            Detokenizer(owner.tokenizer, owner.request.prompt_ids, params.skip_special_tokens) if params.detokenize else None
+            Detokenizer(owner.tokenizer, owner.request.prompt_ids, params.skip_special_tokens)
+            if params.detokenize
+            else None
         )
 
     def push(self, event: TokenEvent) -> StreamPiece:

@@ -1,4 +1,5 @@
-"""Changes to one sequence's logits before sampling, each a small object. `processors_for` picks those that a request needs."""
+"""Changes to one sequence's logits before sampling, each a small object. `processors_for` picks those that a request
+needs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """From logits to tokens, on the device. Called by the runner once a step, for the rows that sample.
 
 Only what some row asks for is computed: greedy rows take the maximum of the raw logits; noise, filters, penalties and
-log-probabilities each run for the rows that have them. The noise is keyed by (seed, position), so a row's token does not
-depend on its neighbours.
+log-probabilities each run for the rows that have them. The noise is keyed by (seed, position), so a row's token does
+not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class DeviceLogprobs:
 
 
 def logprobs_of(logprobs: torch.Tensor, tokens: torch.Tensor, count: int) -> DeviceLogprobs:
-    """What is reported of `logprobs` [S, V]: the chosen `tokens` [S], their ranks, and the `count` most likely tokens."""
+    """What is reported of `logprobs` [S, V]: the chosen `tokens` [S], their ranks, and the `count` most likely
+    tokens."""
     chosen = logprobs.gather(1, tokens[:, None])
     ranks = (logprobs > chosen).sum(dim=1) + 1
     top, top_ids = logprobs.topk(count, dim=1)
@@ -52,11 +53,12 @@ class Sampler:
         self.table = table
 
     def sample(
-        self, logits: torch.Tensor, rows: torch.Tensor, sampling: list[RowSampling], host_rows: list[int], lengths: list[int],
+        self, logits: torch.Tensor, rows: torch.Tensor, sampling: list[RowSampling], host_rows: list[int], lengths:
+        list[int],
         positions: torch.Tensor,
     ) -> Sampled:  # fmt: skip
-        """`logits` [S, V]; `rows`, `positions` [S] int64 (the position which the new token will have); `lengths`: the same
-        positions, known to the host."""
+        """`logits` [S, V]; `rows`, `positions` [S] int64 (the position which the new token will have); `lengths`: the
+        same positions, known to the host."""
         wanting = [i for i, row in enumerate(sampling) if row.logprobs is not None]
         reported = torch.log_softmax(_pick(logits, wanting), dim=-1, dtype=torch.float32) if wanting else None
         if all(row.plain and row.greedy for row in sampling):
@@ -117,7 +119,11 @@ class Sampler:
         index = self.table.send(chosen, torch.int64)
         rows = rows.index_select(0, index)
         part = logits.index_select(0, index)
-        top_k, top_p, min_p = self.table.top_k.index_select(0, rows), self._float("top_p", rows), self._float("min_p", rows)
+        top_k, top_p, min_p = (
+            self.table.top_k.index_select(0, rows),
+            self._float("top_p", rows),
+            self._float("min_p", rows),
+        )
         top_k_top_p_min_p(part, temperature.index_select(0, index), top_k, top_p, min_p)
         logits.index_copy_(0, index, part)
 

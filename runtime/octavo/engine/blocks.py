@@ -6,9 +6,10 @@ Every block except block 0 (the null block: padding, always zeros) is in exactly
     cached   nobody holds it, but its content can be found by key   -> `_idle`, oldest first (LRU)
     used     one or more sequences hold it                          -> `_holders[block] > 0`
 
-so `free + cached + used = num_blocks - 1` always. A used block may be findable too: then a prompt which begins alike shares it.
-Keys are a hash chain (parent key, tokens, salt) of a collision-resistant hash, and a hit compares the tokens as well: a
-collision must never show one user another's keys and values (CVE-2025-25183). Called by the scheduler only; no torch here.
+so `free + cached + used = num_blocks - 1` always. A used block may be findable too: then a prompt which begins alike
+shares it. Keys are a hash chain (parent key, tokens, salt) of a collision-resistant hash, and a hit compares the tokens
+as well: a collision must never show one user another's keys and values (CVE-2025-25183). Called by the scheduler only;
+no torch here.
 """
 
 from __future__ import annotations

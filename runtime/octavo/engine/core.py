@@ -1,7 +1,7 @@
 """The engine's loop: plan, launch, commit. Owned by one thread (`service.py`), which calls `step` while there is work.
 
-`depth` steps may be under way before the oldest is waited for: 0 on the CPU, 1 on a GPU, where the host then plans step n+1
-while the device runs step n. It is the same loop in both cases.
+`depth` steps may be under way before the oldest is waited for: 0 on the CPU, 1 on a GPU, where the host then plans step
+n+1 while the device runs step n. It is the same loop in both cases.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class EngineCore:
             self.scheduler.rollback(draft)
 
     def _blame(self, draft: Draft, error: Exception) -> None:
-        """The step failed as a whole. One sequence: it is the reason. Several: each runs alone next, and fails alone."""
+        """The step failed as a whole. One sequence: it is the reason. Several: each runs alone next, and fails
+        alone."""
         if len(draft.parts) > 1:
             self.scheduler.isolate(draft)
             return

@@ -1,4 +1,5 @@
-"""The message from the scheduler to the runner: what one step does. Plain data, so that it can cross a process boundary."""
+"""The message from the scheduler to the runner: what one step does. Plain data, so that it can cross a process
+boundary."""
 
 from __future__ import annotations
 

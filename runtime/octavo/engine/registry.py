@@ -1,4 +1,5 @@
-"""One engine per configuration in a process. `acquire` starts it or joins it, `Engine.release` gives it back; the last one closes.
+"""One engine per configuration in a process. `acquire` starts it or joins it, `Engine.release` gives it back; the last
+one closes.
 
 Ten chains that name the same model share one engine, one KV cache and one batch.
 """
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 from octavo.config import EngineConfig
@@ -69,7 +71,8 @@ def _key(config: EngineConfig) -> tuple[int, EngineConfig]:
 
 
 def acquire(config: EngineConfig, progress: Progress | None = None) -> Engine:
-    """The engine of this configuration, started if there is none. Callers of one configuration wait for the same start."""
+    """The engine of this configuration, started if there is none. Callers of one configuration wait for the same
+    start."""
     key = _key(config)
     with _lock:
         start = _starting.setdefault(key, threading.Lock())
@@ -99,7 +102,8 @@ def _start(config: EngineConfig, progress: Progress | None) -> Engine:
 
         resolved = resolve_settings(config, model_config)
         service = EngineService(
-            lambda: build_core(config, files, model_config, resolved, progress), max_queued_requests=config.max_queued_requests
+            lambda: build_core(config, files, model_config, resolved, progress),
+            max_queued_requests=config.max_queued_requests,
         )
         service.start()
         try:
@@ -108,8 +112,8 @@ def _start(config: EngineConfig, progress: Progress | None) -> Engine:
             service.close()
             raise
     limits = Limits(
-        resolved.max_model_len, model_config.vocab_size, str(resolved.device), str(resolved.dtype).removeprefix("torch."),
-        resolved.num_blocks, resolved.block_size,
+        resolved.max_model_len, model_config.vocab_size, str(resolved.device),
+        str(resolved.dtype).removeprefix("torch."), resolved.num_blocks, resolved.block_size,
     )  # fmt: skip
     return Engine(config, files, model_config, tokenizer.result(), service, limits, time.monotonic() - began)
 
@@ -121,10 +125,8 @@ def give_back_memory() -> None:
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     if sys.platform == "linux":
-        try:
+        with suppress(OSError, AttributeError):  # another C library has its own ways
             ctypes.CDLL("libc.so.6").malloc_trim(0)
-        except (OSError, AttributeError):
-            pass  # another C library: it has its own ways
 
 
 @atexit.register

@@ -1,7 +1,7 @@
 """A request and its sequences, as the engine sees them. Made by the service, moved through the scheduler.
 
-A *sequence* is one of a request's outputs: the schedulable unit. Its counters tell the whole state, whether it prefills,
-decodes or resumes after a preemption:
+A *sequence* is one of a request's outputs: the schedulable unit. Its counters tell the whole state, whether it
+prefills, decodes or resumes after a preemption:
 
     tokens      known token ids, prompt first (a sampled token enters when its step is committed)
     length      len(tokens) plus sampled tokens that are still on the device
@@ -11,7 +11,8 @@ decodes or resumes after a preemption:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from octavo.outputs import RequestMetrics
@@ -30,7 +31,8 @@ class RawLogprobs:
 
 @dataclass(slots=True)
 class TokenEvent:
-    """Engine to caller: what is new in one sequence. The last event of a sequence has a `finish_reason` or an `error`."""
+    """Engine to caller: what is new in one sequence. The last event of a sequence has a `finish_reason` or an
+    `error`."""
 
     index: int
     token_ids: list[int] = field(default_factory=list)
@@ -91,9 +93,20 @@ class Sequence:
     """One output of a request, and what it holds: blocks, their hash keys, a device row."""
 
     __slots__ = (
-        "alone_until", "block_keys", "blocks", "epoch", "finished", "index", "length", "num_prompt", "prompt_logprobs_sent",
-        "request", "row", "scheduled", "tokens",
-    )  # fmt: skip
+        "alone_until",
+        "block_keys",
+        "blocks",
+        "epoch",
+        "finished",
+        "index",
+        "length",
+        "num_prompt",
+        "prompt_logprobs_sent",
+        "request",
+        "row",
+        "scheduled",
+        "tokens",
+    )
 
     def __init__(self, request: Request, index: int) -> None:
         self.request = request
@@ -108,9 +121,11 @@ class Sequence:
         self.row = -1
         self.finished = False
         self.epoch = 0
-        """Counts preemptions: a step launched in an earlier epoch wrote to blocks that are no longer this sequence's."""
+        """Counts preemptions: a step launched in an earlier epoch wrote to blocks that are no longer this
+        sequence's."""
         self.alone_until = 0
-        """After a step failed: run without company until so many tokens are computed, to find out whose fault it was."""
+        """After a step failed: run without company until so many tokens are computed, to find out whose fault it
+        was."""
         self.prompt_logprobs_sent = 0
 
     @property
@@ -133,4 +148,6 @@ class Sequence:
         return self.length - self.num_prompt >= self.request.max_tokens
 
     def __repr__(self) -> str:
-        return f"<Sequence {self.request.request_id}/{self.index} {self.scheduled}/{self.length} tokens, row {self.row}>"
+        return (
+            f"<Sequence {self.request.request_id}/{self.index} {self.scheduled}/{self.length} tokens, row {self.row}>"
+        )

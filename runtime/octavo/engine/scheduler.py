@@ -1,12 +1,12 @@
 """Who runs in this step, with how many tokens. The only place that moves sequences and blocks. Knows no torch.
 
-One rule, no phases: each step gives each running sequence as many tokens as it lacks (`length - scheduled`), within a token
-budget; running sequences first, then waiting ones, both in the order (priority, arrival, index). Chunked prefill, prefix-cache
-hits, decoding and resumption after a preemption all follow from it. When blocks run out, the last in order is preempted: it
-gives back its blocks and its row and waits; what it computed is mostly still cached when it resumes.
+One rule, no phases: each step gives each running sequence as many tokens as it lacks (`length - scheduled`), within a
+token budget; running sequences first, then waiting ones, both in the order (priority, arrival, index). Chunked prefill,
+prefix-cache hits, decoding and resumption after a preemption all follow from it. When blocks run out, the last in order
+is preempted: it gives back its blocks and its row and waits; what it computed is mostly still cached when it resumes.
 
-Termination: the first sequence in order can preempt all others and alone fits into the pool (the service refuses what does
-not), so it always advances.
+Termination: the first sequence in order can preempt all others and alone fits into the pool (the service refuses what
+does not), so it always advances.
 """
 
 from __future__ import annotations
@@ -123,13 +123,17 @@ class Scheduler:
             budget -= spent
 
     def _admit(self, sequence: Sequence, draft: Draft, budget: int) -> int:
-        """Move a waiting sequence to a device row, reusing what is computed already; returns the tokens spent, 0 if no room."""
+        """Move a waiting sequence to a device row, reusing what is computed already; returns the tokens spent, 0 if no
+        room."""
         pool = self.pool
         donor = self._donor(sequence)
         if donor is not None:
             # fork: share the prompt's blocks, compute only its last token again (that write copies the last block)
             computed = sequence.num_prompt - 1
-            blocks, keys = donor.blocks[: self._blocks_for(sequence.num_prompt)], donor.block_keys[: computed // pool.block_size]
+            blocks, keys = (
+                donor.blocks[: self._blocks_for(sequence.num_prompt)],
+                donor.block_keys[: computed // pool.block_size],
+            )
         elif self._reports_prompt(sequence):
             computed, blocks, keys = 0, [], []  # every prompt position must run
         else:
@@ -167,8 +171,8 @@ class Scheduler:
             self._preempt(self.running[-1], draft)
 
     def _make_room(self, sequence: Sequence, tokens: int, draft: Draft) -> bool:
-        """Blocks for the first `tokens` tokens, writable from `scheduled` on. Preempts from the end of the order; False if
-        the sequence itself had to go."""
+        """Blocks for the first `tokens` tokens, writable from `scheduled` on. Preempts from the end of the order; False
+        if the sequence itself had to go."""
         pool = self.pool
         first = sequence.scheduled // pool.block_size
         while True:
@@ -182,7 +186,7 @@ class Scheduler:
                 return False
         if copies:
             source = sequence.blocks[first]
-            (block,) = pool.allocate(1) or ()
+            block = (pool.allocate(1) or [NULL_BLOCK])[0]
             pool.release([source])
             sequence.blocks[first] = block
             draft.copies[block] = source
@@ -211,8 +215,8 @@ class Scheduler:
     # ---------------------------------------------------------------- results
 
     def commit(self, draft: Draft, events: list[TokenEvent | None]) -> None:
-        """Take in what a step produced. `events[i]` belongs to `draft.parts[i]`: its tokens and log-probabilities, or an
-        error, or None if nothing was sampled. Finishes sequences, publishes full blocks, sends the events on."""
+        """Take in what a step produced. `events[i]` belongs to `draft.parts[i]`: its tokens and log-probabilities, or
+        an error, or None if nothing was sampled. Finishes sequences, publishes full blocks, sends the events on."""
         for (sequence, epoch, step), event in zip(draft.parts, events, strict=True):
             if sequence.finished:
                 continue  # aborted or ended after the launch: the surplus token is dropped
@@ -227,7 +231,8 @@ class Scheduler:
                 self._take(sequence, step, event)
 
     def rollback(self, draft: Draft) -> list[Sequence]:
-        """Undo a step that did not run to its end: its sequences wait again, to compute anew. Returns those still alive."""
+        """Undo a step that did not run to its end: its sequences wait again, to compute anew. Returns those still
+        alive."""
         alive = []
         size = self.pool.block_size
         for sequence, epoch, step in draft.parts:
@@ -244,7 +249,8 @@ class Scheduler:
         return alive
 
     def isolate(self, draft: Draft) -> None:
-        """A step of several sequences failed: let each run alone up to where it was, so that the guilty one fails alone."""
+        """A step of several sequences failed: let each run alone up to where it was, so that the guilty one fails
+        alone."""
         ends = {id(sequence): step.start + step.count for sequence, _, step in draft.parts}
         for sequence in self.rollback(draft):
             sequence.alone_until = ends[id(sequence)]
@@ -252,8 +258,8 @@ class Scheduler:
                 self.suspects.append(sequence)
 
     def fail(self, sequence: Sequence, error: BaseException) -> None:
-        """End one sequence with an error. What it wrote is not trusted: nobody can find it, and zeros go over it, because
-        a NaN in a stale slot would survive the mask of the next owner (0 * NaN)."""
+        """End one sequence with an error. What it wrote is not trusted: nobody can find it, and zeros go over it,
+        because a NaN in a stale slot would survive the mask of the next owner (0 * NaN)."""
         own = [block for block in sequence.blocks if not self.pool.is_shared(block)]
         self.pool.discard(own)
         self._scrub |= dict.fromkeys(own, NULL_BLOCK)
@@ -327,8 +333,8 @@ class Scheduler:
         stop_ids = tuple(request.eos_token_ids | request.stop_token_ids)
         seed = (request.seed + 0x9E3779B97F4A7C15 * sequence.index) % 2**64
         return NewRow(
-            sequence.row, list(sequence.tokens), sequence.num_prompt, request.params, seed - 2**64 if seed >= 2**63 else seed,
-            request.wants_logprobs, stop_ids, request.bad_word_ids,
+            sequence.row, list(sequence.tokens), sequence.num_prompt, request.params, seed - 2**64 if seed >= 2**63 else
+            seed, request.wants_logprobs, stop_ids, request.bad_word_ids,
         )  # fmt: skip
 
     def _blocks_for(self, tokens: int) -> int:

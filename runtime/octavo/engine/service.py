@@ -1,8 +1,8 @@
 """The thread that owns an `EngineCore`. All callers, sync and async, talk to the engine through an `EngineService`.
 
-Callers put commands into one queue; the thread takes them in between two steps, runs steps while there is work and sleeps when
-there is none. Results leave through each request's own sink. After `close()`, or if the loop itself breaks, every open request
-gets an `EngineClosedError`: nobody waits for ever.
+Callers put commands into one queue; the thread takes them in between two steps, runs steps while there is work and
+sleeps when there is none. Results leave through each request's own sink. After `close()`, or if the loop itself breaks,
+every open request gets an `EngineClosedError`: nobody waits for ever.
 """
 
 from __future__ import annotations
@@ -67,9 +67,12 @@ class EngineService:
     # ---------------------------------------------------------------- callers' side, any thread
 
     def submit(self, request: Request, *, wait: bool = False) -> None:
-        """Hand a request over. Raises `QueueFullError` if too many wait already, unless `wait`: then blocks for room."""
+        """Hand a request over. Raises `QueueFullError` if too many wait already, unless `wait`: then blocks for
+        room."""
         deliver, request.sink = request.sink, lambda event: self._deliver(request, deliver, event)
-        with self._room:  # the check and the hand-over are one: nothing enters the queue after it was emptied at the end
+        with (
+            self._room
+        ):  # the check and the hand-over are one: nothing enters the queue after it was emptied at the end
             self._check_usable()
             while self._backlog() >= self._max_queued:
                 if not wait:
@@ -132,7 +135,8 @@ class EngineService:
         return self._closing or self._failure is not None
 
     def close(self) -> None:
-        """End every request with `EngineClosedError`, stop the thread, let go of model and cache. Safe to call twice."""
+        """End every request with `EngineClosedError`, stop the thread, let go of model and cache. Safe to call
+        twice."""
         if os.getpid() != self._pid:
             return  # a forked child has no such thread to stop
         with self._room:

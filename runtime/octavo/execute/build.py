@@ -1,4 +1,5 @@
-"""From settings to a running core: picks device and dtype, loads the weights, sizes the KV cache. Runs on the engine's thread."""
+"""From settings to a running core: picks device and dtype, loads the weights, sizes the KV cache. Runs on the engine's
+thread."""
 
 from __future__ import annotations
 
@@ -55,7 +56,10 @@ def build_core(
     )  # fmt: skip
     pool = BlockPool(resolved.num_blocks, resolved.block_size, caching=config.enable_prefix_caching)
     scheduler = Scheduler(
-        pool, max_num_seqs=resolved.max_num_seqs, max_num_batched_tokens=resolved.max_num_batched_tokens, clock=time.monotonic
+        pool,
+        max_num_seqs=resolved.max_num_seqs,
+        max_num_batched_tokens=resolved.max_num_batched_tokens,
+        clock=time.monotonic,
     )
     kv = _kv_cache(model_config, resolved)
     table = RowTable(
@@ -91,12 +95,13 @@ def resolve_settings(config: EngineConfig, model: ModelConfig) -> Resolved:
     max_len = config.max_model_len or min(model.max_position, capacity)
     if max_len > model.max_position:
         raise ConfigError(
-            f"max_model_len={max_len} exceeds the {model.max_position} positions that the model was made for", "max_model_len"
+            f"max_model_len={max_len} exceeds the {model.max_position} positions that the model was made for",
+            "max_model_len",
         )
     if max_len > capacity:
         raise ConfigError(
-            f"max_model_len={max_len} does not fit into a KV cache of {capacity} tokens: lower it, or raise num_blocks, "
-            "kv_cache_memory or gpu_memory_utilization", "max_model_len",
+            f"max_model_len={max_len} does not fit into a KV cache of {capacity} tokens: lower it, or raise "
+            "num_blocks, kv_cache_memory or gpu_memory_utilization", "max_model_len",
         )  # fmt: skip
     return Resolved(device, dtype, block_size, num_blocks, max_len, max_num_seqs, max_batched, depth=1 if gpu else 0)
 
@@ -152,7 +157,13 @@ def free_memory(device: torch.device) -> tuple[int, int]:
 
 
 def _num_blocks(
-    config: EngineConfig, model: ModelConfig, device: torch.device, item: int, block_bytes: int, block_size: int, seqs: int
+    config: EngineConfig,
+    model: ModelConfig,
+    device: torch.device,
+    item: int,
+    block_bytes: int,
+    block_size: int,
+    seqs: int,
 ) -> int:
     if config.num_blocks is not None:
         return config.num_blocks
@@ -163,13 +174,15 @@ def _num_blocks(
     elif config.gpu_memory_utilization is not None:
         room, field = int(total * config.gpu_memory_utilization) - weights - (total - free), "gpu_memory_utilization"
     else:
-        wanted = max(seqs * TOKENS_PER_SEQUENCE, min(config.max_model_len or model.max_position, 32768)) + 2 * block_size
+        wanted = (
+            max(seqs * TOKENS_PER_SEQUENCE, min(config.max_model_len or model.max_position, 32768)) + 2 * block_size
+        )
         room, field = min(wanted // block_size * block_bytes, (free - weights) // 2), "model"
     blocks = room // block_bytes
     if blocks < 2:
         raise ConfigError(
-            f"no room for a KV cache: a block takes {block_bytes / 2**20:.1f} MiB, the weights {weights / 2**30:.2f} GiB, and "
-            f"{free / 2**30:.2f} GiB of {total / 2**30:.2f} GiB are free", field,
+            f"no room for a KV cache: a block takes {block_bytes / 2**20:.1f} MiB, the weights "
+            f"{weights / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB of {total / 2**30:.2f} GiB are free", field,
         )  # fmt: skip
     return int(blocks)
 

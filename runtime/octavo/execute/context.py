@@ -1,4 +1,5 @@
-"""What one step hands to the model: token ids, positions, and the `ForwardContext` by which layers reach the KV cache."""
+"""What one step hands to the model: token ids, positions, and the `ForwardContext` by which layers reach the KV
+cache."""
 
 from __future__ import annotations
 

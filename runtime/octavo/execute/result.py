@@ -31,7 +31,7 @@ class StepResult:
                 if raw is not None:
                     raw.chosen, raw.ranks = _begin_copy(raw.chosen), _begin_copy(raw.ranks)
                     raw.top, raw.top_ids = _begin_copy(raw.top), _begin_copy(raw.top_ids)
-            self._copied = torch.cuda.Event()
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
 
     def wait(self) -> list[TokenEvent | None]:
@@ -47,7 +47,8 @@ class StepResult:
                 event = events[entry] or TokenEvent(0)
                 if tokens[number] < 0:
                     event.error = RequestFailedError(
-                        "no token could be chosen: the model's output was not finite, or the request forbids every token"
+                        "no token could be chosen: the model's output was not finite, "
+                        "or the request forbids every token"
                     )
                 event.token_ids = [tokens[number]]
                 event.logprobs = [logprobs[number]] if number in logprobs else None

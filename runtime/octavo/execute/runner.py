@@ -62,7 +62,7 @@ class Runner:
         padding = -size % self.attention.row_multiple
         last = [ends[entry] for entry in sampling]
         packed = table.send([*host_rows, *lengths, *last, *last[:1] * padding], torch.int64)
-        rows, positions, chosen = packed.split([size, size, size + padding])
+        rows, positions, chosen = torch.split(packed, [size, size, size + padding])
         states = hidden.index_select(0, chosen)
         logits = self.model.logits(states)[:size]
         sampled = self.sampler.sample(logits, rows, self._sampling(host_rows), host_rows, lengths, positions)

@@ -71,12 +71,13 @@ class RowTable:
         packed = self.send(
             [step.row for step in steps] + [step.start for step in steps] + lengths + query_start, torch.int32
         )
-        rows, starts, seq_lens, query = packed.split([size, size, size, size + 1])
+        rows, starts, seq_lens, query = torch.split(packed, [size, size, size, size + 1])
         total = -(-query_start[-1] // row_multiple) * row_multiple
         input_ids, positions, slots = step_inputs(
             rows, starts, query, self.tokens, self.block_table, self.block_size, total=total
         )
         return StepInputs(
             input_ids, positions, slots, rows, query, seq_lens, self.block_table, self.block_size,
-            [step.row for step in steps], counts, lengths, sum(count == 1 for count in counts), max(counts), max(lengths),
+            [step.row for step in steps], counts, lengths, sum(count == 1 for count in counts), max(counts),
+            max(lengths),
         )  # fmt: skip

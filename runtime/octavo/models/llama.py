@@ -1,7 +1,8 @@
 """The Llama family, fused: Llama 2 and 3, SmolLM2, Mistral (sliding window), Qwen2 and 2.5 (QKV bias), Qwen3 (QK-norm).
 
-One pre-norm decoder: RMSNorm, grouped-query attention with rotary positions, RMSNorm, gated SiLU. The differences between the
-models are fields of `ModelConfig`, not code. Checkpoint names are mapped by `targets`; Q, K, V and gate, up are one product each.
+One pre-norm decoder: RMSNorm, grouped-query attention with rotary positions, RMSNorm, gated SiLU. The differences
+between the models are fields of `ModelConfig`, not code. Checkpoint names are mapped by `targets`; Q, K, V and gate, up
+are one product each.
 """
 
 from __future__ import annotations

@@ -14,11 +14,13 @@ NATIVE = {
     "Qwen2ForCausalLM": LlamaFamily,
     "Qwen3ForCausalLM": LlamaFamily,
 }
-"""Architectures with a fused implementation. One that runs any Hugging Face architecture would be asked where this has none."""
+"""Architectures with a fused implementation. One that runs any Hugging Face architecture would be asked where this has
+none."""
 
 
 def build_model(config: ModelConfig, *, max_len: int, dtype: torch.dtype, device: torch.device) -> LlamaFamily:
-    """An instance with uninitialised weights. Raises `UnsupportedModelError` for an architecture without implementation."""
+    """An instance with uninitialised weights. Raises `UnsupportedModelError` for an architecture without
+    implementation."""
     native = NATIVE.get(config.architecture)
     if native is None:
         raise UnsupportedModelError(
