@@ -21,9 +21,9 @@ class Linear:
 
     def targets(self, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """Where each matrix of the checkpoint goes: a view of the weight (and of the bias) by checkpoint name."""
-        found = {f"{name}.weight": view for name, view in zip(names, torch.split(self.weight, list(self.parts)), strict=True)}
+        parts = torch.split(self.weight, list(self.parts))
+        found = {f"{name}.weight": part for name, part in zip(names, parts, strict=True)}
         if self.bias is not None:
-            found |= {
-                f"{name}.bias": view for name, view in zip(names, torch.split(self.bias, list(self.parts)), strict=True)
-            }
+            parts = torch.split(self.bias, list(self.parts))
+            found |= {f"{name}.bias": part for name, part in zip(names, parts, strict=True)}
         return found
