@@ -8,6 +8,7 @@ model folder runs only if the caller passed `trust_remote_code=True`.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TEMPLATE_BYTES = 4 << 20
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+_FALLBACK_STEPS: list[dict[str, Any]] = [
+    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
+_STRIP_STEPS: list[dict[str, Any]] = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
 
 
 def load_tokenizer(files: ModelFiles, *, trust_remote_code: bool = False) -> Tokenizer:
@@ -75,8 +83,14 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_ids: frozenset[int] = frozenset(index for index, token in added.items() if token.special)
         """Control tokens: left out of decoded text unless asked for."""
-        self.is_byte_level: bool = _is_byte_level(backend)
+        steps = _decoder_steps(backend)
+        self.is_byte_level: bool = [step["type"] for step in steps] == ["ByteLevel"]
+        """Decoding is joining the bytes of the tokens."""
+        self.is_byte_fallback: bool = steps[:3] == _FALLBACK_STEPS and steps[3:] in ([], _STRIP_STEPS)
+        """Decoding is joining the pieces that `fallback_piece` gives: the form of sentencepiece models."""
+        self.strips_first_space: bool = self.is_byte_fallback and bool(steps[3:])
         self._bytes: dict[int, bytes] = {}
+        self._pieces: dict[int, str | int] = {}
         self._hf: PreTrainedTokenizerFast | None = None
         self._lock = threading.Lock()
 
@@ -111,6 +125,15 @@ class Tokenizer:
             known = self._bytes[token_id] = self._find_bytes(token_id)
         return known
 
+    def fallback_piece(self, token_id: int) -> str | int:
+        """What one token of a byte-fallback tokenizer adds to a text: a string, or the value of a single byte."""
+        known = self._pieces.get(token_id)
+        if known is None:
+            token = self.backend.id_to_token(token_id) or ""
+            byte = _BYTE_TOKEN.fullmatch(token)
+            known = self._pieces[token_id] = int(byte[1], 16) if byte else token.replace("▁", " ")
+        return known
+
     def token_text(self, token_id: int) -> str:
         """One token as text for display, its leading space kept; a part of a character shows as U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
@@ -127,11 +150,9 @@ class Tokenizer:
                 return token.encode("utf-8", "replace")
         if token_id in self.backend.get_added_tokens_decoder():
             return token.encode("utf-8", "replace")
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            try:
-                return bytes((int(token[3:5], 16),))
-            except ValueError:
-                pass
+        byte = _BYTE_TOKEN.fullmatch(token)
+        if byte:
+            return bytes((int(byte[1], 16),))
         return token.replace("▁", " ").encode("utf-8", "replace")
 
     # -- chat --------------------------------------------------------------------------------------------------------
@@ -217,6 +238,10 @@ class Tokenizer:
 
 
 def _from_tokenizer_json(folder: Path, path: Path, settings: dict[str, Any]) -> Tokenizer:
+    """`tokenizer.json` decides how text is cut and what is put around it; the configuration adds names and tokens.
+
+    Its `add_bos_token` is not read, as in transformers 5: the post-processor of `tokenizer.json` says it already.
+    """
     import tokenizers
 
     try:
@@ -227,13 +252,6 @@ def _from_tokenizer_json(folder: Path, path: Path, settings: dict[str, Any]) -> 
     if map_path.is_file():
         settings = {**{k: v for k, v in read_json(map_path).items() if k in _NAMED}, **settings}
     _add_tokens(backend, settings, str(folder / "tokenizer_config.json"))
-    if "add_bos_token" in settings or "add_eos_token" in settings:
-        # said outright, this overrides the post-processor of tokenizer.json, as in transformers 5
-        from octavo.models.gguf_tokenizer import set_template
-
-        bos = _text(settings.get("bos_token")) if settings.get("add_bos_token") and settings.get("bos_token") else None
-        eos = _text(settings.get("eos_token")) if settings.get("add_eos_token") and settings.get("eos_token") else None
-        set_template(backend, bos, eos)
     template = _template_files(folder)
     if template is not None:
         settings = {**settings, "chat_template": template}
@@ -317,12 +335,12 @@ def _from_transformers(folder: Path, trust_remote_code: bool) -> Tokenizer:
     return tokenizer
 
 
-def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
-    """Whether decoding is joining bytes: the decoder is ByteLevel and nothing else."""
-    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
-    while decoder.get("type") == "Sequence" and len(decoder.get("decoders", ())) == 1:
-        decoder = decoder["decoders"][0]
-    return bool(decoder.get("type") == "ByteLevel")
+def _decoder_steps(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:
+    """The decoder of `backend` as a flat list of its steps."""
+    if backend.decoder is None:
+        return []
+    decoder = json.loads(backend.decoder.__getstate__())
+    return list(decoder["decoders"]) if decoder.get("type") == "Sequence" else [decoder]
 
 
 @lru_cache(maxsize=1)

@@ -161,10 +161,12 @@ def llama_metadata(
 
 
 GGUF_NAMES = {
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 
 
@@ -194,7 +196,7 @@ def gguf_tensors(state: dict[str, Any], heads: int, kv_heads: int, permute: bool
 class FileServer:
     """A local HTTP server that imitates the endpoints of the Hugging Face Hub and of ModelScope, ranges included.
 
-    Faults: `cut` closes the connection after that many bytes of a body, as many times as it says; `corrupt` flips a byte.
+    Faults: `cut` closes the connection after that many bytes of a body, once for each; `corrupt` flips a byte.
     """
 
     files: dict[str, bytes]

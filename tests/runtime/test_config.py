@@ -310,7 +310,7 @@ JSON = st.recursive(
 )
 KEYS = sorted({*SMALL, "architectures", "model_type", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window",
                "layer_types", "max_window_layers", "use_sliding_window", "eos_token_id", "bos_token_id", "pad_token_id",
-               "head_dim", "dtype", "torch_dtype", "attention_bias", "rms_norm_eps", "hidden_act", "generation"})  # fmt: skip
+               "head_dim", "dtype", "torch_dtype", "attention_bias", "rms_norm_eps", "hidden_act"})  # fmt: skip
 
 
 @settings(max_examples=400, deadline=None)

@@ -6,7 +6,7 @@ import json
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,8 @@ def sharded(folder: Path, weight_map: Any) -> ModelFiles:
 
 @pytest.mark.parametrize(
     "shard",
-    ["../../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..\\x.safetensors", "c:x.safetensors", "x.bin", "",
-     "x\0.safetensors", 7, None, ["x.safetensors"]],
+    ["../../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..\\x.safetensors", "c:x.safetensors", "x.bin",
+     "", "x\0.safetensors", 7, None, ["x.safetensors"]],
 )  # fmt: skip
 def test_index_cannot_name_files_elsewhere(tmp_path: Path, shard: Any) -> None:
     folder = tmp_path / "a" / "b"
@@ -188,7 +188,7 @@ def test_every_length_of_a_gguf_may_lie(tmp_path: Path, gguf_bytes: bytes, value
     """Write a huge number over each eight bytes of the header in turn."""
     path = tmp_path / "m.gguf"
     header = gguf_bytes.index(b"token_embd.weight") + 60
-    survived = 0
+    survived = unnamed = 0
     with quickly(20):
         for at in range(4, header, 4):
             path.write_bytes(gguf_bytes[:at] + struct.pack("<Q", value) + gguf_bytes[at + 8 :])
@@ -196,8 +196,9 @@ def test_every_length_of_a_gguf_may_lie(tmp_path: Path, gguf_bytes: bytes, value
                 use(path)
                 survived += 1  # it hit text, or a number that may be this large
             except ModelFileError as error:
-                assert error.file == str(path)
+                unnamed += error.file != str(path)
     assert survived < header // 8
+    assert not unnamed
 
 
 @pytest.mark.parametrize(
@@ -256,10 +257,8 @@ def test_any_damage_to_a_gguf(tmp_path: Path, gguf_bytes: bytes, damage: list[tu
         data[at % len(data)] = value
     path = tmp_path / "m.gguf"
     path.write_bytes(data)
-    try:
+    with suppress(ModelFileError):  # anything else is a failure
         use(path)
-    except ModelFileError as error:
-        assert error.file is not None
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -271,12 +270,10 @@ def test_any_damage_to_a_safetensors(tmp_path: Path, damage: list[tuple[int, int
     for at, value in damage:
         data[at % len(data)] = value
     path.write_bytes(data)
-    try:
-        with open_weights(ModelFiles("m", tmp_path, "safetensors", "local"), parse_config(CONFIG)) as weights:
-            for name in weights.names():
-                weights.copy_into(name, torch.empty(weights.shape(name)))
-    except ModelFileError as error:
-        assert error.file is not None
+    files = ModelFiles("m", tmp_path, "safetensors", "local")
+    with suppress(ModelFileError), open_weights(files, parse_config(CONFIG)) as weights:
+        for name in weights.names():
+            weights.copy_into(name, torch.empty(weights.shape(name)))
 
 
 def test_unmapped_tensor_and_unknown_type(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from octavo.tokenizer import Tokenizer
 
-# Enough context for any decoder: what a token's text depends on (a leading space, a byte run) lies just before it.
+# Enough of a prompt for any decoder: what a token's text depends on lies just before it.
 _CONTEXT = 6
 # A character has at most four bytes, hence at most four tokens. Whoever waits longer waits for nothing.
 _PATIENCE = 4
@@ -32,48 +32,98 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._special = tokenizer.special_ids if skip_special_tokens else frozenset()
         context = [token for token in prompt_ids[-4 * _CONTEXT :] if token not in self._special][-_CONTEXT:]
-        self._utf8: codecs.IncrementalDecoder | None = None
+        self._steps: _ByteLevel | _ByteFallback | _Window
         if tokenizer.is_byte_level:
-            self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-            for token in context:  # a prompt may end inside a character
-                self._utf8.decode(tokenizer.token_bytes(token))
-        # the other tokenizers: `_window` is the context and the tokens not yet handed out
-        self._window = context
-        self._shown = tokenizer.decode(context, skip_special_tokens) if context and self._utf8 is None else ""
-        self._shown_ids = len(context)
+            self._steps = _ByteLevel(tokenizer, context)
+        elif tokenizer.is_byte_fallback:
+            self._steps = _ByteFallback(tokenizer, context)
+        else:
+            self._steps = _Window(tokenizer, context)
 
     def push(self, ids: Sequence[int]) -> str:
         """Append `ids`; returns the text that they settle, which may be empty."""
-        special = self._special
-        if self._utf8 is not None:
-            read = self._tokenizer.token_bytes
-            return self._utf8.decode(b"".join(read(token) for token in ids if token not in special))
-        return "".join(self._step(token) for token in ids if token not in special)
+        special, step = self._special, self._steps.step
+        return "".join([step(token) for token in ids if token not in special])
 
     def flush(self) -> str:
         """The text held back, once no more ids will come. An unfinished character becomes U+FFFD."""
-        if self._utf8 is not None:
-            rest = self._utf8.decode(b"", True)
-            self._utf8.reset()
-            return rest
-        return self._settle(self._tokenizer.decode(self._window, self._skip))
+        return self._steps.rest()
 
-    def _step(self, token: int) -> str:
-        self._window.append(token)
-        text = self._tokenizer.decode(self._window, self._skip)
-        held = len(self._window) - self._shown_ids
-        if held < _PATIENCE and (text.endswith("\ufffd") or len(text) <= len(self._shown)):
-            return ""
-        return self._settle(text)
+
+class _ByteLevel:
+    """Decoding is joining the tokens' bytes, so an incremental UTF-8 decoder does all."""
+
+    def __init__(self, tokenizer: Tokenizer, context: list[int]) -> None:
+        self._bytes = tokenizer.token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in context:  # a prompt may end inside a character
+            self._utf8.decode(self._bytes(token))
+
+    def step(self, token: int) -> str:
+        return self._utf8.decode(self._bytes(token))
+
+    def rest(self) -> str:
+        text = self._utf8.decode(b"", True)
+        self._utf8.reset()
+        return text
+
+
+class _ByteFallback:
+    """Tokens are text, apart from those that are one byte; a leading space of the whole may go."""
+
+    def __init__(self, tokenizer: Tokenizer, context: list[int]) -> None:
+        self._piece = tokenizer.fallback_piece
+        self._pending = b""
+        self._strip = False
+        for token in context:
+            self.step(token)
+        self._strip = tokenizer.strips_first_space and not context
+
+    def step(self, token: int) -> str:
+        piece = self._piece(token)
+        if isinstance(piece, int):
+            self._pending += bytes((piece,))
+            try:
+                text = self._pending.decode("utf-8")
+            except UnicodeDecodeError as error:
+                if error.reason == "unexpected end of data":
+                    return ""
+                return self.rest()
+            self._pending = b""
+        else:
+            text = self.rest() + piece if self._pending else piece
+        if self._strip and text:
+            self._strip = False
+            return text.removeprefix(" ")
+        return text
+
+    def rest(self) -> str:
+        broken, self._pending = "\ufffd" * len(self._pending), b""  # the library counts bytes, not sequences
+        self._strip = self._strip and not broken
+        return broken
+
+
+class _Window:
+    """Any other decoder: decode the last settled tokens with the new ones, and hand out the difference."""
+
+    def __init__(self, tokenizer: Tokenizer, context: list[int]) -> None:
+        self._decode = tokenizer.decode
+        self._settled, self._held = context, list[int]()
+        self._shown = self._decode(context, False) if context else ""
+
+    def step(self, token: int) -> str:
+        self._held.append(token)
+        text = self._decode(self._settled + self._held, False)
+        undecided = text.endswith("\ufffd") or len(text) <= len(self._shown)
+        return "" if undecided and len(self._held) < _PATIENCE else self._settle(text)
+
+    def rest(self) -> str:
+        return self._settle(self._decode(self._settled + self._held, False)) if self._held else ""
 
     def _settle(self, text: str) -> str:
-        """Hand out what `text`, the decoding of the window, has beyond what was shown, and move the window on."""
         piece = text[len(self._shown) :]
-        if self._shown_ids:  # the context before the last settled tokens has done its service
-            del self._window[: max(len(self._window) - _CONTEXT, 0)]
-        self._shown_ids = len(self._window)
-        self._shown = self._tokenizer.decode(self._window, self._skip)
+        self._settled, self._held = self._held, []
+        self._shown = self._decode(self._settled, False)
         return piece
