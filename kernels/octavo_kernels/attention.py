@@ -26,8 +26,8 @@ def paged_attention(
     """Causal attention of new tokens to all tokens of their own sequence, whose KV is in the cache already.
 
     Sequence `b` brings `n = query_start[b + 1] - query_start[b]` queries; query `i` is at position
-    `seq_lens[b] - n + i` and sees keys up to that position. `n` may be 0. What a sequence gets depends on its own numbers
-    only, bit for bit: not on its neighbours, nor on `max_query_len` and `max_seq_len`, which are upper bounds.
+    `seq_lens[b] - n + i` and sees keys up to that position. `n` may be 0. What a sequence gets depends on its own
+    numbers only, bit for bit: not on its neighbours, nor on `max_query_len` and `max_seq_len`, which are upper bounds.
 
     Args:
         q: `[T, H, D]`, fp32, bf16 or fp16.

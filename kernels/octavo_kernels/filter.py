@@ -43,8 +43,8 @@ def top_k_top_p_min_p(
     Raises:
         ValueError: a shape, a dtype or a stride is wrong.
 
-    Source: Fan et al. (2018) for top-k; Holtzman et al., "The Curious Case of Neural Text Degeneration" (2020) for top-p;
-    Nguyen et al., "Turning Up the Heat: Min-p Sampling" (2024).
+    Source: Fan et al. (2018) for top-k; Holtzman et al., "The Curious Case of Neural Text Degeneration" (2020) for
+    top-p; Nguyen et al., "Turning Up the Heat: Min-p Sampling" (2024).
     """
     batch = logits.shape[0]
     check.shape("logits", logits, (-1, -1))
@@ -97,43 +97,49 @@ def _filter(
     min_p: torch.Tensor,
     width: int,
 ) -> torch.Tensor:
-    """Filter rows in place by their `width` best tokens. Returns which rows were; the others need a larger width."""
+    """Filter rows in place by their `width` best tokens. Returns which rows were; the others need a larger width.
+
+    Here `top_k` is `V` where it is off, and every temperature is above 0.
+    """
     rows, vocab = logits.shape
-    largest = int(torch.where(top_k < vocab, top_k, 0).amax())
-    if largest <= width and bool((top_k < vocab).all()):
-        width = min(width, largest + 1)  # one more, to see whether the k-th has an equal
-    best = logits.topk(width, dim=-1).values if width < vocab else logits.sort(dim=-1, descending=True).values
+    most = int(top_k.amax())
+    if most < width:
+        width = most + 1  # one more than any row can keep, to see whether the k-th has an equal
+    full = width == vocab
+    best = logits.sort(dim=-1, descending=True).values if full else logits.topk(width, dim=-1).values
     top = best[:, :1]
-    threshold = top + temperature.unsqueeze(1) * min_p.unsqueeze(1).log()  # log(0) = -inf keeps everything
+    threshold = top + (temperature * min_p.log()).unsqueeze(1)  # log(0) = -inf keeps everything
     kth = best.gather(1, (top_k.clamp(max=width) - 1).unsqueeze(1))
-    threshold = torch.where(top_k.unsqueeze(1) < vocab, torch.maximum(threshold, kth), threshold)
-    ties = torch.full((rows,), vocab, device=logits.device)  # how many tokens equal to the threshold stay
-    # All that a row keeps is among its candidates when the last of them is already excluded.
-    covered = (best[:, -1:] < threshold).squeeze(1) if width < vocab else torch.ones_like(ties, dtype=torch.bool)
-    done = covered | (top_k <= width) & (top_p >= 1) | (top_k == vocab) & (top_p >= 1)
+    threshold = torch.where((top_k < vocab) & (top_k <= width), torch.maximum(threshold, kth).T, threshold.T).T
+    # Whether all survivors so far are among the candidates, and whether the threshold needs no further ones.
+    covered = (best[:, -1:] < threshold).squeeze(1) | full
+    done = covered | (top_k <= width) | (top_k == vocab)
+    ties = torch.full((rows,), vocab, device=logits.device)  # how many of the tokens equal to the threshold stay
 
     cut = top_p < 1
     if bool(cut.any()):
-        beta = 1 / temperature.unsqueeze(1)
-        mass = ((best - top) * beta).exp_().masked_fill_(best < threshold, 0).double().cumsum_(dim=-1)
+        rate = 1 / temperature.unsqueeze(1)
+        mass = ((best - top) * rate).exp_().masked_fill_(best < threshold, 0).double().cumsum_(dim=-1)
         total = mass[:, -1].clone()
-        wide = (cut & ~covered).nonzero().squeeze(1)
-        if wide.numel():  # candidates beyond the width count in the total, though only their sum
-            weight = ((logits[wide] - top[wide]) * beta[wide]).exp_().masked_fill_(logits[wide] < threshold[wide], 0)
-            total[wide] = torch.maximum(weight.sum(dim=-1, dtype=torch.float64), mass[wide, -1])
+        beyond = (cut & done & ~covered).nonzero().squeeze(1)
+        if beyond.numel():  # tokens past the candidates count in the total, but only as a sum
+            rest = logits[beyond]
+            weight = ((rest - top[beyond]) * rate[beyond]).exp_().masked_fill_(rest < threshold[beyond], 0)
+            total[beyond] = torch.maximum(weight.sum(dim=-1, dtype=torch.float64), total[beyond])
         needed = top_p.double() * total
         length = (mass < needed.unsqueeze(1)).sum(dim=-1) + 1  # the shortest prefix which reaches the mass
-        reached = length <= width
-        done = torch.where(cut, covered | reached & (top_k.clamp(max=vocab) <= width) | reached & (top_k == vocab), done)
+        done &= covered | ~cut | (length <= width)
         last = best.gather(1, length.clamp(max=width).unsqueeze(1) - 1)
         cut &= (last >= threshold).squeeze(1)
         ties = torch.where(cut, length - (best > last).sum(dim=-1), ties)
         threshold = torch.where(cut.unsqueeze(1), last, threshold)
-    alive = torch.isfinite(top.squeeze(1))
-    drop = (logits < threshold) & (done & alive).unsqueeze(1)
-    equal = logits == threshold
-    for row in ((equal.sum(dim=-1) > ties) & done & alive).nonzero().squeeze(1).tolist():
-        surplus = equal[row].nonzero().squeeze(1)[int(ties[row]) :]
-        drop[row, surplus] = True
+
+    done |= ~torch.isfinite(top.squeeze(1))
+    writable = done & torch.isfinite(top.squeeze(1))
+    drop = (logits < threshold) & writable.unsqueeze(1)
+    if bool((ties < vocab).any()):
+        equal = logits == threshold
+        for row in ((equal.sum(dim=-1) > ties) & writable).nonzero().squeeze(1).tolist():
+            drop[row, equal[row].nonzero().squeeze(1)[int(ties[row]) :]] = True
     logits.masked_fill_(drop, -torch.inf)
-    return done | ~alive
+    return done

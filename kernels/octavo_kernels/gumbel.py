@@ -12,10 +12,11 @@ The hash, in 32-bit words (`mix` is the finaliser of MurmurHash3, `^` exclusive 
     h ^= h >> 13;  h = h * M2
     h ^= h >> 16 (arithmetic);  bits = h & 0x7fffffff
 
-`k1` enters in the middle of the second mix: without it, rows would be shifted windows of one sequence of 2^32 words. The
-last shift is arithmetic because torch has no logical one; it permutes the 31 bits which are kept. `v = (bits + 1/2) / 2^31`
-lies in (0, 1); noise is `-log(-log1p(-v))`, that is `-log(-log u)` of `u = 1 - v`. Taking `v` from the fine end of the
-floats keeps the upper tail exact to 2^-32 instead of 2^-24, where the rare tokens of a large vocabulary win.
+`k1` enters in the middle of the second mix: without it, rows would be shifted windows of one sequence of 2^32 words.
+The last shift is arithmetic because torch has no logical one; it permutes the 31 bits which are kept.
+`v = (bits + 1/2) / 2^31` lies in (0, 1); noise is `-log(-log1p(-v))`, that is `-log(-log u)` of `u = 1 - v`. Taking `v`
+from the fine end of the floats keeps the upper tail exact to 2^-32 instead of 2^-24, where the rare tokens of a large
+vocabulary win.
 
 Quality: `tests/kernels/test_gumbel.py` checks uniformity of every byte, the law of the draws and independence between
 neighbouring tokens, positions and seeds. It is no cryptographic generator.

@@ -63,7 +63,7 @@ def rope_and_cache(
     check.unit_stride("cos_sin", cos_sin)
     if cos_sin.shape[1] % 2 or cos_sin.shape[1] > head_size:
         raise ValueError(
-            f"cos_sin has {cos_sin.shape[1]} columns; the rotated part must be even and at most the head size {head_size}"
+            f"cos_sin has {cos_sin.shape[1]} columns; they must be even in number and at most the head size {head_size}"
         )
     check.vector("positions", positions, tokens, torch.int64)
     check.vector("slots", slots, tokens, torch.int64)
