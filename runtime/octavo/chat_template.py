@@ -31,7 +31,7 @@ from jinja2.visitor import NodeTransformer
 
 from octavo.errors import RequestError
 
-_MAX_ITERATIONS, _MAX_SECONDS, _MAX_SIZE = 2_000_000, 10.0, 32 << 20
+_MAX_ITERATIONS, _MAX_SECONDS, _MAX_SIZE = 1_000_000, 10.0, 32 << 20
 _MAX_DEPTH = 100
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
@@ -211,6 +211,7 @@ def _environment() -> _Sandbox:
     environment.filters["tojson"] = _tojson
     for name in ("center", "indent", "wordwrap", "batch", "slice"):
         environment.filters[name] = _bounded_arguments(environment.filters[name])
+    environment.filters["format"] = _format
     environment.globals.pop("lipsum")
     environment.globals |= {
         "raise_exception": _raise_exception,
@@ -237,6 +238,11 @@ def _tojson(
     # Jinja's own filter escapes <, > and & for HTML, which is wrong in a prompt
     _bound(indent if isinstance(indent, int) else 0)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _format(form: Any, *args: Any, **kwargs: Any) -> str:
+    _bound(_largest_width(str(form), args))
+    return str(form) % (kwargs or args)
 
 
 def _tick() -> bool:
@@ -276,17 +282,17 @@ class _TemplateNamespace(Namespace):
     def __init__(*args: Any, **kwargs: Any) -> None:  # the same odd signature as the base: `namespace(self=1)` is legal
         self, rest = args[0], args[1:]
         for name in dict(*rest, **kwargs):
-            _TemplateNamespace._check(name)
+            _check_name(name)
         Namespace.__init__(self, *rest, **kwargs)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._check(name)
+        _check_name(name)
         super().__setitem__(name, value)
 
-    @staticmethod
-    def _check(name: object) -> None:
-        if isinstance(name, str) and name.startswith("_"):
-            raise SecurityError(f"namespace attributes cannot start with an underscore: {name!r}")
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"namespace attributes cannot start with an underscore: {name!r}")
 
 
 class _Generation(Extension):
@@ -333,15 +339,26 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        owner = getattr(__obj, "__self__", None)
+        method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
+        owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         if isinstance(owner, str):
-            if getattr(__obj, "__name__", "") in ("ljust", "rjust", "center", "zfill", "expandtabs", "format"):
-                for value in (*args, *kwargs.values()):
-                    _bound(value if isinstance(value, int) else 0)
-                _bound(_largest_width(owner, ()))
-            elif getattr(__obj, "__name__", "") in ("replace", "join") and args:
+            if name in ("ljust", "rjust", "center", "zfill", "expandtabs"):
+                _bound(_largest_integer([args, kwargs]))
+            elif name in ("format", "format_map"):
+                nested = re.search(r":[^}]*\{", owner)  # a width that is itself a field
+                _bound(max(_largest_width(owner, ()), _largest_integer([args, kwargs]) if nested else 0))
+            elif name in ("replace", "join") and args:
                 _bound(len(owner) * max((len(value) for value in args if isinstance(value, str | list)), default=0))
         return super().call(__context, __obj, *args, **kwargs)
+
+
+def _largest_integer(value: Any) -> int:
+    """The largest integer anywhere in plain data."""
+    if isinstance(value, int):
+        return value
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return max(map(_largest_integer, value), default=0) if isinstance(value, list | tuple) else 0
 
 
 def _largest_width(form: str, values: Any) -> int:

@@ -235,6 +235,19 @@ class FileServer:
             "private": False,
         }
 
+    def tree(self) -> list[dict[str, Any]]:
+        found = []
+        for sibling in self.listing()["siblings"]:
+            entry = {"type": "file", "path": sibling["rfilename"], "size": sibling["size"], "oid": sibling["blobId"]}
+            if "lfs" in sibling:
+                entry["lfs"] = {**sibling["lfs"], "oid": sibling["lfs"]["sha256"]}
+            found.append(entry)
+        return found
+
+    def etag(self, name: str) -> str:
+        sibling = next(entry for entry in self.listing()["siblings"] if entry["rfilename"] == name)
+        return str(sibling["lfs"]["sha256"] if "lfs" in sibling else sibling["blobId"])
+
     def scope_listing(self) -> dict[str, Any]:
         found = [
             {"Path": name, "Size": len(content), "Sha256": hashlib.sha256(content).hexdigest(), "Type": "blob"}
@@ -268,6 +281,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.plain(401, {"error": "Invalid credentials"}, {"X-Error-Message": "Invalid credentials"})
         if path in (f"/api/models/{state.repo}", f"/api/models/{state.repo}/revision/main"):
             return self.plain(200, state.listing())
+        if path == f"/api/models/{state.repo}/tree/{state.commit}":
+            return self.plain(200, state.tree())
         if path.startswith(f"/api/models/{state.repo}/revision/"):
             return self.plain(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
         if path == f"/api/v1/models/{state.repo}/repo/files":
@@ -301,6 +316,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content) - start))
+        if name in state.files:
+            self.send_header("ETag", f'"{state.etag(name)}"')
+            self.send_header("X-Repo-Commit", state.commit)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()

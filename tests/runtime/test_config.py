@@ -1,5 +1,7 @@
 """`models.config`: the same reading as transformers' of sound files, and a named place for every unsound one."""
 
+# ruff: noqa: F811 - fixtures are imported by name
+
 from __future__ import annotations
 
 import json
@@ -146,7 +148,7 @@ def test_generation_config_adds_ends_and_defaults(tmp_path: Path) -> None:
     assert hash(config) == hash(load_config(files))
 
 
-def test_default_model(default_model: ModelFiles) -> None:  # noqa: F811
+def test_default_model(default_model: ModelFiles) -> None:
     config = load_config(default_model)
     assert config.architecture == "LlamaForCausalLM"
     assert (config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads) == (30, 576, 9, 3)

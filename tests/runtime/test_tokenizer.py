@@ -1,5 +1,7 @@
 """`tokenizer`: the ids of transformers, without its import; and no code from a model's folder."""
 
+# ruff: noqa: F811 - fixtures are imported by name
+
 from __future__ import annotations
 
 import json
@@ -29,12 +31,12 @@ TEXTS = many_texts(3000)
 
 
 @pytest.fixture(scope="module")
-def ours(default_model: ModelFiles) -> Tokenizer:  # noqa: F811
+def ours(default_model: ModelFiles) -> Tokenizer:
     return load_tokenizer(default_model)
 
 
 @pytest.fixture(scope="module")
-def theirs(default_model: ModelFiles) -> Any:  # noqa: F811
+def theirs(default_model: ModelFiles) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(default_model.path.parent, gguf_file=default_model.path.name)
@@ -101,7 +103,7 @@ def test_hf_is_the_same_tokenizer(ours: Tokenizer) -> None:
     assert len(ours.encode("a long text of many tokens")) > 3  # what transformers set did not reach ours
 
 
-def test_loads_without_torch_and_quickly(default_model: ModelFiles) -> None:  # noqa: F811
+def test_loads_without_torch_and_quickly(default_model: ModelFiles) -> None:
     code = f"""
 import time; start = time.perf_counter()
 from pathlib import Path
@@ -149,7 +151,7 @@ def test_bad_input_is_a_request_error(ours: Tokenizer) -> None:
     assert ours.decode([10**6, 19556]) == "Hello"
 
 
-def test_check_against(ours: Tokenizer, default_model: ModelFiles) -> None:  # noqa: F811
+def test_check_against(ours: Tokenizer, default_model: ModelFiles) -> None:
     config = load_config(default_model)
     ours.check_against(config)
     small = parse_config({"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,

@@ -1,5 +1,7 @@
 """`models.weights`: the numbers in place are the numbers in the file, whichever format it has."""
 
+# ruff: noqa: F811 - fixtures are imported by name
+
 from __future__ import annotations
 
 import subprocess
@@ -136,7 +138,7 @@ def test_dequantising_in_pieces_keeps_heads_whole() -> None:
     assert torch.equal(torch.cat(out), torch.from_numpy(dequantize(raw, GGMLQuantizationType.Q4_1)))
 
 
-def test_default_model_has_the_weights_transformers_reads(default_model: ModelFiles) -> None:  # noqa: F811
+def test_default_model_has_the_weights_transformers_reads(default_model: ModelFiles) -> None:
     """Every tensor, bit for bit, against transformers' own conversion of the same file."""
     from transformers import AutoModelForCausalLM
 
@@ -150,7 +152,7 @@ def test_default_model_has_the_weights_transformers_reads(default_model: ModelFi
     assert not wrong
 
 
-def test_default_model_loads_in_time_and_in_little_memory(default_model: ModelFiles) -> None:  # noqa: F811
+def test_default_model_loads_in_time_and_in_little_memory(default_model: ModelFiles) -> None:
     """In a process of its own: under 1.5 s into bf16, and never a second copy of the weights."""
     code = f"""
 import resource, time, torch
@@ -235,7 +237,7 @@ def test_dummy_weights() -> None:
         second.copy_into("model.norm.weight", torch.empty(9))
 
 
-def test_opening_is_lazy(default_model: ModelFiles) -> None:  # noqa: F811
+def test_opening_is_lazy(default_model: ModelFiles) -> None:
     config = load_config(default_model)
     start = time.perf_counter()
     open_weights(default_model, config).close()

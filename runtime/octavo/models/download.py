@@ -122,7 +122,7 @@ def disk_errors(folder: Path, needed: int | None, what: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise no_space(folder, needed, what) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             message = (
                 f"cannot write to {folder} ({error.strerror}): set OCTAVO_CACHE or HF_HOME to a folder you may write to"
             )

@@ -183,6 +183,9 @@ def _list(repo: str, revision: str, token: str | None) -> _Listing:
         message = f"{_endpoint()} has no model {repo!r} (or it is private: pass a token or set HF_TOKEN)"
         raise ModelNotFoundError(message) from error
     except HfHubHTTPError as error:
+        if getattr(error.response, "status_code", None) in (401, 403):
+            message = f"{_endpoint()} does not let you see {repo!r}: the token is wrong or lacks the right to read it"
+            raise DownloadError(message) from error
         raise DownloadError(f"{_endpoint()} refused to list {repo!r}: {error}") from error
     except Exception as error:  # whichever HTTP library huggingface_hub uses, its network errors end up here
         raise offline_error(repo, f"{_endpoint()} gave no answer ({type(error).__name__}: {error})") from error
