@@ -1,0 +1,316 @@
+"""The Triton side of `attention.py`: one kernel for prefill and decode, and a second which joins the splits of decode.
+
+The rows of a tile are query tokens times the query heads of one KV head, so that keys are read once for a whole group.
+A sequence takes one of two ways, by its own count of new tokens:
+
+- *short* (up to `tiles.SHORT_QUERY`): its keys fall into splits, each attended to on its own; partial sums go to a
+  scratch buffer and `join_splits_kernel` joins them in order. With one split the result is written at once.
+- *long*: tiles of its queries walk over all their keys; there are tiles enough to fill the GPU.
+
+A step with both kinds launches both, and each launch passes over the other's sequences. So which way a sequence goes,
+its splits and its tiles follow from its own numbers and the chip, and its result is the same in every batch. How many
+programs share the splits of a sequence does depend on the batch, as that changes no bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from octavo_kernels import tiles
+
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _split_size(span, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
+    """Keys in a split of a sequence of which `span` keys are visible: at least MIN_SPLIT, at most MAX_SPLITS splits."""
+    size = MIN_SPLIT
+    while size * MAX_SPLITS < span:
+        size *= 2
+    return size
+
+
+@triton.jit
+def _first_key(position, window, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr):
+    """Where the keys visible from `position` begin, rounded down to a tile."""
+    first = position * 0
+    if WINDOWED:
+        first = tl.maximum(position - window + 1, 0) // BLOCK_N * BLOCK_N
+    return first
+
+
+@triton.jit
+def _attend_tile(
+    q, acc, top, total, start, end, position, k_head, v_head, blocks, stride_block, stride_slot, window, scale, cap,
+    BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Fold keys `start .. start + BLOCK_N` (below `end`) into the running softmax of a tile of queries."""
+    key = start + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_D)
+    exists = key < end
+    # Slots past the end hold anything, NaN included: their block numbers, keys and values are never loaded.
+    if MASKED:
+        block = tl.load(blocks + key // BLOCK_SIZE, mask=exists, other=0).to(tl.int64)
+    else:
+        block = tl.load(blocks + key // BLOCK_SIZE).to(tl.int64)
+    place = block * stride_block + (key % BLOCK_SIZE) * stride_slot
+    k_at = k_head + place[None, :] + column[:, None]
+    v_at = v_head + place[:, None] + column[None, :]
+    if MASKED:
+        k = tl.load(k_at, mask=exists[None, :] & (column < HEAD_SIZE)[:, None], other=0)
+        v = tl.load(v_at, mask=exists[:, None] & (column < HEAD_SIZE)[None, :], other=0)
+    elif BLOCK_D == HEAD_SIZE:
+        k = tl.load(k_at)
+        v = tl.load(v_at)
+    else:
+        k = tl.load(k_at, mask=(column < HEAD_SIZE)[:, None], other=0)
+        v = tl.load(v_at, mask=(column < HEAD_SIZE)[None, :], other=0)
+
+    # Scores are in units of log 2, so that the exponential is a single exp2.
+    score = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
+    if CAPPED:  # `scale` holds 2 log2(e) / cap here: tanh(x) = 1 - 2 / (exp(2x) + 1)
+        score = cap * (1 - 2 / (tl.exp2(score) + 1))
+    if MASKED:
+        distance = position[:, None] - key[None, :]
+        seen = (distance >= 0) & exists[None, :]
+        if WINDOWED:
+            seen = seen & (distance < window)
+        score = tl.where(seen, score, float("-inf"))
+    new_top = tl.maximum(top, tl.max(score, axis=1))
+    # A row which has seen no key yet has -inf for its top; any finite number serves, its weights are 0 all the same.
+    anchor = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
+    weight = tl.exp2(score - anchor[:, None])
+    fade = tl.exp2(top - anchor)
+    total = total * fade + tl.sum(weight, axis=1)
+    acc = acc * fade[:, None]
+    acc = tl.dot(weight.to(q.dtype), v.to(q.dtype), acc, input_precision=PRECISION)
+    return acc, new_top, total
+
+
+@triton.jit
+def _attend(
+    q, first_key, end, first_position, position, k_head, v_head, blocks, stride_block, stride_slot, window, scale, cap,
+    BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention of a tile of queries to keys `first_key .. end`: the weighted sum, the top score and the total weight."""
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    masked_from = first_key
+    if not WINDOWED:  # tiles which the first query sees whole need no mask
+        whole = tl.maximum(tl.minimum(end, first_position + 1) - first_key, 0) // BLOCK_N * BLOCK_N
+        masked_from = first_key + whole
+        for start in range(first_key, masked_from, BLOCK_N):
+            acc, top, total = _attend_tile(
+                q, acc, top, total, start, end, position, k_head, v_head, blocks, stride_block, stride_slot,
+                window, scale, cap,
+                BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_N, WINDOWED, CAPPED, False, PRECISION,
+            )  # fmt: skip
+    for start in range(masked_from, end, BLOCK_N):
+        acc, top, total = _attend_tile(
+            q, acc, top, total, start, end, position, k_head, v_head, blocks, stride_block, stride_slot,
+            window, scale, cap,
+            BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_N, WINDOWED, CAPPED, True, PRECISION,
+        )  # fmt: skip
+    return acc, top, total
+
+
+@triton.jit
+def paged_attention_kernel(
+    q, k_cache, v_cache, block_table, query_start, seq_lens, out, part_acc, part_top, part_total,
+    batch, halvings, tiles_each, token_slots, split_slots,
+    q_stride_token, q_stride_head, out_stride_token, out_stride_head,
+    stride_block, stride_head, stride_slot, table_stride, window, scale, cap,
+    GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHORT: tl.constexpr, SHORT_QUERY: tl.constexpr,
+    MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    kv_head = tl.program_id(1)
+    if SHORT:
+        b = tl.program_id(0) // tiles_each
+        tile = tl.program_id(0) % tiles_each
+    else:
+        # Sequence b owns tiles from query_start[b] // BLOCK_Q + b on: enough for its queries, known without a count.
+        low = 0
+        high = batch - 1
+        for _ in range(halvings):
+            middle = (low + high + 1) // 2
+            reached = tl.load(query_start + middle) // BLOCK_Q + middle <= tl.program_id(0)
+            low = tl.where(reached, middle, low)
+            high = tl.where(reached, high, tl.maximum(middle - 1, low))
+        b = low
+        tile = tl.program_id(0) - (tl.load(query_start + b) // BLOCK_Q + b)
+    begin = tl.load(query_start + b)
+    count = tl.load(query_start + b + 1) - begin
+    if tile * BLOCK_Q >= count:
+        return
+    if SHORT:
+        if count > SHORT_QUERY:
+            return
+    else:
+        if count <= SHORT_QUERY:
+            return
+    length = tl.load(seq_lens + b)
+    first_position = length - count + tile * BLOCK_Q
+    end = tl.minimum(first_position + BLOCK_Q, length)
+
+    row = tl.arange(0, BLOCK_M)
+    token = tile * BLOCK_Q + row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    live = (row < BLOCK_Q * GROUP) & (token < count)
+    position = length - count + token
+    column = tl.arange(0, BLOCK_D)
+    q_at = q + (begin + token).to(tl.int64)[:, None] * q_stride_token + head[:, None] * q_stride_head + column[None, :]
+    kept = live[:, None] & (column < HEAD_SIZE)[None, :]
+    queries = tl.load(q_at, mask=kept, other=0)
+    k_head = k_cache + kv_head.to(tl.int64) * stride_head
+    v_head = v_cache + kv_head.to(tl.int64) * stride_head
+    blocks = block_table + b.to(tl.int64) * table_stride
+    out_at = out + (begin + token).to(tl.int64)[:, None] * out_stride_token + head[:, None] * out_stride_head
+    out_at += column[None, :]
+
+    if SHORT:
+        first_key = _first_key(length - count, window, BLOCK_N, WINDOWED)
+        span = length - first_key
+        size = _split_size(span, MIN_SPLIT, MAX_SPLITS)
+        splits = tl.cdiv(span, size)
+        for split in range(tl.program_id(2), splits, tl.num_programs(2)):
+            start = first_key + split * size
+            acc, top, total = _attend(
+                queries, start, tl.minimum(start + size, end), first_position, position,
+                k_head, v_head, blocks, stride_block, stride_slot, window, scale, cap,
+                BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWED, CAPPED, PRECISION,
+            )  # fmt: skip
+            if splits == 1:
+                result = acc / tl.where(total == 0, 1.0, total)[:, None]
+                tl.store(out_at, result.to(out.dtype.element_ty), mask=kept)
+            else:
+                heads = tl.num_programs(1) * GROUP
+                place = ((b * token_slots + token).to(tl.int64) * heads + head) * split_slots + split
+                tl.store(part_acc + place[:, None] * HEAD_SIZE + column[None, :], acc, mask=kept)
+                tl.store(part_top + place, top, mask=live)
+                tl.store(part_total + place, total, mask=live)
+    else:
+        first_key = _first_key(first_position, window, BLOCK_N, WINDOWED)
+        acc, top, total = _attend(
+            queries, first_key, end, first_position, position,
+            k_head, v_head, blocks, stride_block, stride_slot, window, scale, cap,
+            BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWED, CAPPED, PRECISION,
+        )  # fmt: skip
+        result = acc / tl.where(total == 0, 1.0, total)[:, None]
+        tl.store(out_at, result.to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def join_splits_kernel(
+    part_acc, part_top, part_total, query_start, seq_lens, out,
+    token_slots, split_slots, out_stride_token, out_stride_head, window,
+    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SHORT_QUERY: tl.constexpr,
+    MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """Join the splits of one query token and head, in their order: the result does not depend on the batch."""
+    b = tl.program_id(0) // token_slots
+    token = tl.program_id(0) % token_slots
+    head = tl.program_id(1)
+    begin = tl.load(query_start + b)
+    count = tl.load(query_start + b + 1) - begin
+    if (token >= count) | (count > SHORT_QUERY):
+        return
+    length = tl.load(seq_lens + b)
+    span = length - _first_key(length - count, window, BLOCK_N, WINDOWED)
+    splits = tl.cdiv(span, _split_size(span, MIN_SPLIT, MAX_SPLITS))
+    if splits <= 1:
+        return
+    place = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head) * split_slots
+    split = tl.arange(0, MAX_SPLITS)
+    anchor = tl.max(tl.load(part_top + place + split, mask=split < splits, other=float("-inf")), axis=0)
+    column = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    total = 0.0
+    for s in range(splits):
+        weight = tl.exp2(tl.load(part_top + place + s) - anchor)
+        total += weight * tl.load(part_total + place + s)
+        acc += weight * tl.load(part_acc + (place + s) * HEAD_SIZE + column, mask=column < HEAD_SIZE, other=0)
+    out_at = out + (begin + token).to(tl.int64) * out_stride_token + head * out_stride_head + column
+    tl.store(out_at, (acc / total).to(out.dtype.element_ty), mask=column < HEAD_SIZE)
+
+
+def _split_slots(max_seq_len: int, window: int, block_n: int) -> int:
+    """The most splits a short sequence of this batch can have."""
+    span = max_seq_len if window <= 0 else min(max_seq_len, window + tiles.SHORT_QUERY + block_n)
+    return min(tiles.MAX_SPLITS, triton.cdiv(span, tiles.MIN_SPLIT))
+
+
+def paged_attention_triton(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    max_query_len: int,
+    max_seq_len: int,
+    scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`attention.paged_attention` without its checks. Raises `ValueError` for a head size above 256."""
+    tokens, heads, head_size = q.shape
+    kv_heads, batch, device = k_cache.shape[1], seq_lens.shape[0], q.device
+    if head_size > 256:
+        raise ValueError(f"q has head size {head_size}; this kernel holds at most 256 in registers")
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if tokens == 0 or batch == 0:
+        return out
+    group, block_d = heads // kv_heads, max(16, triton.next_power_of_2(head_size))
+    itemsize = q.element_size()
+    for short in (True, False):
+        if not short and max_query_len <= tiles.SHORT_QUERY:
+            break
+        tile = tiles.attention_tiles(tiles.architecture(device), block_d, itemsize, group, short)
+        block_q = tile.block_m // group
+        token_slots = min(tiles.SHORT_QUERY, max_query_len)
+        tiles_each, split_slots, programs = 1, 1, 1
+        if short:
+            tiles_each = triton.cdiv(token_slots, block_q)
+            split_slots = _split_slots(max_seq_len, window, tile.block_n)
+            wanted = tiles.PROGRAMS_PER_SM * tiles.multiprocessors(device)
+            programs = min(split_slots, triton.cdiv(wanted, batch * tiles_each * kv_heads))
+            grid = (batch * tiles_each, kv_heads, programs)
+        else:
+            grid = (tokens // block_q + batch, kv_heads, 1)
+        part_acc = part_top = part_total = out
+        if split_slots > 1:
+            rows = batch * token_slots * heads * split_slots
+            part_acc = torch.empty(rows, head_size, dtype=torch.float32, device=device)
+            part_top, part_total = torch.empty(2, rows, dtype=torch.float32, device=device).unbind(0)
+        paged_attention_kernel[grid](
+            q, k_cache, v_cache, block_table, query_start, seq_lens, out, part_acc, part_top, part_total,
+            batch, (batch - 1).bit_length(), tiles_each, token_slots, split_slots,
+            q.stride(0), q.stride(1), out.stride(0), out.stride(1),
+            k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), block_table.stride(0), window,
+            2 * LOG2E * scale / soft_cap if soft_cap > 0 else LOG2E * scale, soft_cap * LOG2E,
+            GROUP=group, BLOCK_SIZE=k_cache.shape[2], HEAD_SIZE=head_size, BLOCK_D=block_d,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SHORT=short, SHORT_QUERY=tiles.SHORT_QUERY,
+            MIN_SPLIT=tiles.MIN_SPLIT, MAX_SPLITS=tiles.MAX_SPLITS, WINDOWED=window > 0, CAPPED=soft_cap > 0,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        if split_slots > 1:
+            join_splits_kernel[batch * token_slots, heads](
+                part_acc, part_top, part_total, query_start, seq_lens, out,
+                token_slots, split_slots, out.stride(0), out.stride(1), window,
+                HEAD_SIZE=head_size, BLOCK_D=block_d, BLOCK_N=tile.block_n, SHORT_QUERY=tiles.SHORT_QUERY,
+                MIN_SPLIT=tiles.MIN_SPLIT, MAX_SPLITS=tiles.MAX_SPLITS, WINDOWED=window > 0,
+                num_warps=min(4, max(1, block_d // 32)),
+            )  # fmt: skip
+    return out

@@ -1,0 +1,103 @@
+"""Tile sizes of the kernels, per GPU architecture: the one place to tune. Read by the `*_triton` modules.
+
+The limits are shared memory a block (163 KB on sm_80, 227 KB on sm_90 and sm_100, 99 KB on the consumer chips) and, for
+attention, registers for a `[block_m, head size]` accumulator. `tests/kernels/test_ahead_of_time.py` compiles every
+entry. Tiles may depend on shapes of the model and on the chip, never on the batch: a sequence's result must not change
+with its neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+# A sequence with at most this many new tokens is split over its keys (decode, and speculation's few tokens).
+SHORT_QUERY = 8
+# Keys in a split, doubled until a sequence has at most MAX_SPLITS of them. Fixed, so that a result has one value.
+MIN_SPLIT = 256
+MAX_SPLITS = 32
+# Programs wanted on each multiprocessor before splits of one sequence are given to one program in turn.
+PROGRAMS_PER_SM = 16
+
+SAMPLE_TILE = 2048
+FILTER_TILE, FILTER_WARPS = 4096, 16
+SILU_TILE = 1024
+STEP_TILE = 256
+# Elements of a `[heads, half head]` tile in the rotary kernel.
+ROPE_TILE = 512
+
+
+@dataclass(frozen=True)
+class AttentionTiles:
+    """Rows of packed queries, keys a step of the loop, warps a program, stages of the load pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# (family, short?) -> padded head size -> tiles, for elements of two bytes.
+_ATTENTION: dict[tuple[int, bool], dict[int, AttentionTiles]] = {
+    (80, True): {
+        64: AttentionTiles(16, 64, 4, 3),
+        128: AttentionTiles(16, 64, 4, 2),
+        256: AttentionTiles(16, 32, 4, 2),
+    },
+    (80, False): {
+        64: AttentionTiles(128, 64, 4, 3),
+        128: AttentionTiles(128, 64, 8, 2),
+        256: AttentionTiles(64, 32, 4, 2),
+    },
+    (90, True): {
+        64: AttentionTiles(16, 128, 4, 3),
+        128: AttentionTiles(16, 64, 4, 3),
+        256: AttentionTiles(16, 64, 4, 2),
+    },
+    (90, False): {
+        64: AttentionTiles(128, 64, 4, 3),
+        128: AttentionTiles(128, 64, 8, 3),
+        256: AttentionTiles(64, 64, 4, 2),
+    },
+    (0, True): {
+        64: AttentionTiles(16, 64, 4, 2),
+        128: AttentionTiles(16, 32, 4, 2),
+        256: AttentionTiles(16, 16, 4, 2),
+    },
+    (0, False): {
+        64: AttentionTiles(64, 64, 4, 2),
+        128: AttentionTiles(64, 32, 4, 2),
+        256: AttentionTiles(32, 16, 4, 2),
+    },
+}
+
+
+@lru_cache(maxsize=32)
+def architecture(device: torch.device) -> int:
+    """Compute capability as one number, 90 for an H100. The interpreter on a CPU stands for an A100."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@lru_cache(maxsize=32)
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of the device; a small number for the interpreter, which runs programs in turn."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@lru_cache(maxsize=128)
+def attention_tiles(arch: int, padded_head_size: int, itemsize: int, group: int, short: bool) -> AttentionTiles:
+    """Tiles for a chip, a head size (padded to a power of two), an element size in bytes and query heads a KV head."""
+    family = {80: 80, 90: 90, 100: 90, 103: 90}.get(arch, 0)
+    tiles = _ATTENTION[family, short][max(64, padded_head_size)]
+    block_m, block_n, num_warps = tiles.block_m, tiles.block_n, tiles.num_warps
+    if itemsize > 2:  # fp32 runs on the ordinary cores: twice the bytes, and no matrix unit to hold the accumulator
+        block_m, block_n = min(block_m, 32), max(16, block_n // 2)
+        num_warps = 4
+    while block_m < group:  # all heads of a group stand in one tile, or keys would be read twice
+        block_m *= 2
+    return AttentionTiles(block_m, block_n, num_warps, tiles.num_stages)
