@@ -12,6 +12,9 @@ its splits and its tiles follow from its own numbers and the chip, and its resul
 programs share the splits of a sequence does depend on the batch, as that changes no bit.
 """
 
+# mypy: disallow-incomplete-defs=False
+# In a kernel only what is fixed at compile time carries a type, so its signature is always half annotated.
+
 from __future__ import annotations
 
 import torch
@@ -19,6 +22,7 @@ import triton
 import triton.language as tl
 
 from octavo_kernels import tiles
+from octavo_kernels._dispatch import INTERPRETED
 
 LOG2E = 1.4426950408889634
 
@@ -45,7 +49,7 @@ def _first_key(position, window, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr):
 def _attend_tile(
     q, acc, top, total, start, end, position, k_head, v_head, blocks, stride_block, stride_slot, window, scale, cap,
     BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Fold keys `start .. start + BLOCK_N` (below `end`) into the running softmax of a tile of queries."""
     key = start + tl.arange(0, BLOCK_N)
@@ -70,7 +74,10 @@ def _attend_tile(
         v = tl.load(v_at, mask=(column < HEAD_SIZE)[None, :], other=0)
 
     # Scores are in units of log 2, so that the exponential is a single exp2.
-    score = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
+    if WIDE:  # Triton's interpreter has no product of bf16
+        score = tl.dot(q.to(tl.float32), k.to(tl.float32), input_precision=PRECISION) * scale
+    else:
+        score = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
     if CAPPED:  # `scale` holds 2 log2(e) / cap here: tanh(x) = 1 - 2 / (exp(2x) + 1)
         score = cap * (1 - 2 / (tl.exp2(score) + 1))
     if MASKED:
@@ -86,7 +93,10 @@ def _attend_tile(
     fade = tl.exp2(top - anchor)
     total = total * fade + tl.sum(weight, axis=1)
     acc = acc * fade[:, None]
-    acc = tl.dot(weight.to(q.dtype), v.to(q.dtype), acc, input_precision=PRECISION)
+    if WIDE:
+        acc = tl.dot(weight, v.to(tl.float32), acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(weight.to(q.dtype), v.to(q.dtype), acc, input_precision=PRECISION)
     return acc, new_top, total
 
 
@@ -94,9 +104,9 @@ def _attend_tile(
 def _attend(
     q, first_key, end, first_position, position, k_head, v_head, blocks, stride_block, stride_slot, window, scale, cap,
     BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Attention of a tile of queries to keys `first_key .. end`: the weighted sum, the top score and the total weight."""
+    """Attention of a tile of queries to keys `first_key .. end`: weighted sum, top score, total weight."""
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -108,13 +118,13 @@ def _attend(
             acc, top, total = _attend_tile(
                 q, acc, top, total, start, end, position, k_head, v_head, blocks, stride_block, stride_slot,
                 window, scale, cap,
-                BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_N, WINDOWED, CAPPED, False, PRECISION,
+                BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_N, WINDOWED, CAPPED, False, PRECISION, WIDE,
             )  # fmt: skip
     for start in range(masked_from, end, BLOCK_N):
         acc, top, total = _attend_tile(
             q, acc, top, total, start, end, position, k_head, v_head, blocks, stride_block, stride_slot,
             window, scale, cap,
-            BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_N, WINDOWED, CAPPED, True, PRECISION,
+            BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_N, WINDOWED, CAPPED, True, PRECISION, WIDE,
         )  # fmt: skip
     return acc, top, total
 
@@ -128,7 +138,7 @@ def paged_attention_kernel(
     GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHORT: tl.constexpr, SHORT_QUERY: tl.constexpr,
     MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     kv_head = tl.program_id(1)
@@ -185,7 +195,7 @@ def paged_attention_kernel(
             acc, top, total = _attend(
                 queries, start, tl.minimum(start + size, end), first_position, position,
                 k_head, v_head, blocks, stride_block, stride_slot, window, scale, cap,
-                BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWED, CAPPED, PRECISION,
+                BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWED, CAPPED, PRECISION, WIDE,
             )  # fmt: skip
             if splits == 1:
                 result = acc / tl.where(total == 0, 1.0, total)[:, None]
@@ -201,7 +211,7 @@ def paged_attention_kernel(
         acc, top, total = _attend(
             queries, first_key, end, first_position, position,
             k_head, v_head, blocks, stride_block, stride_slot, window, scale, cap,
-            BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWED, CAPPED, PRECISION,
+            BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWED, CAPPED, PRECISION, WIDE,
         )  # fmt: skip
         result = acc / tl.where(total == 0, 1.0, total)[:, None]
         tl.store(out_at, result.to(out.dtype.element_ty), mask=kept)
@@ -302,7 +312,7 @@ def paged_attention_triton(
             GROUP=group, BLOCK_SIZE=k_cache.shape[2], HEAD_SIZE=head_size, BLOCK_D=block_d,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SHORT=short, SHORT_QUERY=tiles.SHORT_QUERY,
             MIN_SPLIT=tiles.MIN_SPLIT, MAX_SPLITS=tiles.MAX_SPLITS, WINDOWED=window > 0, CAPPED=soft_cap > 0,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32", WIDE=INTERPRETED,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         if split_slots > 1:

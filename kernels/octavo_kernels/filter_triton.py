@@ -9,6 +9,9 @@ Weights are 64-bit integers in units of 2^-44 of the best token's, so that sums 
 result cannot depend on the tile size, and counts and masses never contradict each other.
 """
 
+# mypy: disallow-incomplete-defs=False
+# In a kernel only what is fixed at compile time carries a type, so its signature is always half annotated.
+
 from __future__ import annotations
 
 import torch
@@ -94,9 +97,8 @@ def _weigh(row, vocab, top, rate, p1, p2, p3, TILE: tl.constexpr):
         m1 += tl.where(x >= p1, mass, 0)
         m2 += tl.where(x >= p2, mass, 0)
         m3 += tl.where(x >= p3, mass, 0)
-    return tl.sum(c1, axis=0), tl.sum(c2, axis=0), tl.sum(c3, axis=0), tl.sum(m1, axis=0), tl.sum(m2, axis=0), tl.sum(
-        m3, axis=0
-    )
+    counts = tl.sum(c1, axis=0), tl.sum(c2, axis=0), tl.sum(c3, axis=0)
+    return counts[0], counts[1], counts[2], tl.sum(m1, axis=0), tl.sum(m2, axis=0), tl.sum(m3, axis=0)
 
 
 @triton.jit
@@ -127,7 +129,7 @@ def filter_kernel(logits, temperature, top_k, top_p, min_p, vocab, stride, TILE:
     p = tl.load(top_p + index)
     share = tl.load(min_p + index)
     limited = (k > 0) & (k < vocab)
-    if (heat <= 0) | ((not limited) & (p >= 1) & (share <= 0)):
+    if (heat <= 0) | ((limited == 0) & (p >= 1) & (share <= 0)):
         return
     top, lowest, finite = _extent(row, vocab, TILE)
     if finite == 0:

@@ -3,6 +3,9 @@
 The integers are those of the twin bit for bit; the two logarithms may differ in their last bits.
 """
 
+# mypy: disallow-incomplete-defs=False
+# In a kernel only what is fixed at compile time carries a type, so its signature is always half annotated.
+
 from __future__ import annotations
 
 import torch

@@ -4,6 +4,9 @@ A head falls into the first and second half of its rotated part and the rest whi
 needs no shuffle: element `i` of one tile turns with element `i` of the other.
 """
 
+# mypy: disallow-incomplete-defs=False
+# In a kernel only what is fixed at compile time carries a type, so its signature is always half annotated.
+
 from __future__ import annotations
 
 import torch
@@ -36,7 +39,6 @@ def rope_and_cache_kernel(
     is_q = head < HEADS
     is_k = (head >= HEADS) & (head < HEADS + KV_HEADS) & (slot >= 0)
     is_v = (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS) & (slot >= 0)
-    rotates = head < HEADS + KV_HEADS
     live = head < HEADS + 2 * KV_HEADS
 
     base = qkv + token * qkv_stride + head * HEAD_SIZE
@@ -68,8 +70,8 @@ def rope_and_cache_kernel(
             rest = tl.where(is_k, rest * factor * w3, rest)
 
     angle = cos_sin + tl.load(positions + token) * cos_sin_stride + column
-    cos = tl.load(angle, mask=turning & rotates, other=1)
-    sin = tl.load(angle + HALF, mask=turning & rotates, other=0)
+    cos = tl.load(angle, mask=turning, other=1)
+    sin = tl.load(angle + HALF, mask=turning, other=0)
     turned_first = first * cos - second * sin
     turned_second = second * cos + first * sin
 

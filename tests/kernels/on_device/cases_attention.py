@@ -1,0 +1,156 @@
+"""`paged_attention` against its twin, and against itself in other batches."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from octavo_kernels import paged_attention_reference, tiles
+from octavo_kernels.attention_triton import paged_attention_triton
+
+NAN = float("nan")
+
+
+@dataclass
+class Batch:
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    table: torch.Tensor
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    counts: list[int]
+
+    def run(self, function, **options):
+        options.setdefault("scale", self.q.shape[-1] ** -0.5)
+        options.setdefault("max_query_len", max(self.counts))
+        options.setdefault("max_seq_len", int(self.lengths.max()))
+        return function(self.q, self.k, self.v, self.table, self.starts, self.lengths, **options)
+
+    def alone(self, b: int) -> "Batch":
+        rows = slice(int(self.starts[b]), int(self.starts[b + 1]))
+        starts = torch.tensor([0, self.counts[b]], dtype=torch.int32, device=self.q.device)
+        part = slice(b, b + 1)
+        return Batch(self.q[rows], self.k, self.v, self.table[part], starts, self.lengths[part], [self.counts[b]])
+
+
+def make(device, sequences, heads=4, kv_heads=2, size=64, block=16, dtype=torch.float32, padding=0) -> Batch:
+    """Sequences of (new tokens, length). Whatever no sequence owns is NaN: slots, blocks, padding rows of q."""
+    needed = [-(-length // block) for _, length in sequences]
+    order = torch.randperm(sum(needed)) + 1  # block 0 is poison, and all that a table's unused entries point to
+    cache = torch.full((2, sum(needed) + 1, kv_heads, block, size), NAN, dtype=dtype)
+    table = torch.zeros(len(sequences), max(needed) + 2, dtype=torch.int32)
+    used = 0
+    for b, (_, length) in enumerate(sequences):
+        blocks = order[used : used + needed[b]]
+        table[b, : needed[b]] = blocks
+        used += needed[b]
+        for i, number in enumerate(blocks.tolist()):
+            filled = min(block, length - i * block)
+            cache[:, number, :, :filled] = torch.randn(2, kv_heads, filled, size).to(dtype)
+    counts = [count for count, _ in sequences]
+    starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+    q = torch.randn(sum(counts) + padding, heads, size).to(dtype)
+    q[sum(counts) :] = NAN
+    lengths = torch.tensor([length for _, length in sequences], dtype=torch.int32)
+    k, v = cache.to(device)
+    return Batch(q.to(device), k, v, table.to(device), starts.to(device), lengths.to(device), counts)
+
+
+def compare(batch: Batch, **options) -> None:
+    expected, actual = (
+        batch.run(function, **options)[: sum(batch.counts)].float()
+        for function in (paged_attention_reference, paged_attention_triton)
+    )
+    assert torch.isfinite(expected).all()
+    tolerance = 2e-5 if batch.q.dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=2 * tolerance)
+
+
+MIXED = [(1, 37), (19, 19), (1, 1), (0, 21), (5, 90), (33, 70), (8, 8), (9, 40)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [64, 96, 128, 256])
+def test_mixed_lengths(device, size, dtype) -> None:
+    compare(make(device, MIXED, size=size, dtype=dtype, padding=3))
+
+
+@pytest.mark.parametrize("group", range(1, 9))
+def test_groups(device, group) -> None:
+    compare(make(device, [(1, 50), (4, 33), (21, 40)], heads=2 * group, kv_heads=2))
+
+
+@pytest.mark.parametrize("heads", [24, 71])
+def test_one_kv_head_for_many(device, heads) -> None:
+    compare(make(device, [(1, 20), (11, 17)], heads=heads, kv_heads=1))
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 24])
+def test_block_sizes(device, block) -> None:
+    compare(make(device, MIXED, block=block))
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 1.5])
+@pytest.mark.parametrize("window", [1, 7, 33, 300])
+def test_window_and_soft_cap(device, window, soft_cap) -> None:
+    compare(make(device, [(1, 350), (40, 100), (6, 290)]), window=window, soft_cap=soft_cap)
+
+
+def test_soft_cap_of_large_scores(device) -> None:
+    compare(make(device, MIXED), soft_cap=30.0, scale=20.0)
+
+
+def test_splits_of_their_full_size(device) -> None:
+    compare(make(device, [(1, 600), (3, 256), (1, 257), (8, 520)]))
+
+
+def test_splits_grow_when_a_sequence_would_need_too_many(device, monkeypatch) -> None:
+    monkeypatch.setattr(tiles, "MIN_SPLIT", 128)
+    monkeypatch.setattr(tiles, "MAX_SPLITS", 2)
+    compare(make(device, [(1, 600), (2, 100), (1, 256), (1, 257)]))
+    compare(make(device, [(1, 600), (2, 100)]), window=200)
+
+
+def test_bounds_and_neighbours_change_no_bit(device) -> None:
+    """Each sequence alone gives the bits it gives in the batch, also under bounds far above the truth."""
+    batch = make(device, [(1, 300), (12, 40), (1, 20), (5, 270), (1, 555)], dtype=torch.bfloat16, padding=2)
+    together = batch.run(paged_attention_triton)
+    bounded = batch.run(paged_attention_triton, max_query_len=17, max_seq_len=4096)
+    real = sum(batch.counts)
+    assert torch.equal(together[:real], bounded[:real])
+    for b in range(len(batch.counts)):
+        rows = slice(int(batch.starts[b]), int(batch.starts[b + 1]))
+        assert torch.equal(together[rows], batch.alone(b).run(paged_attention_triton)), f"sequence {b}"
+
+
+def test_how_many_programs_share_the_splits_changes_no_bit(device, monkeypatch) -> None:
+    batch = make(device, [(1, 700), (2, 300)])
+    many = batch.run(paged_attention_triton)
+    monkeypatch.setattr(tiles, "PROGRAMS_PER_SM", 1)
+    monkeypatch.setattr(tiles, "multiprocessors", lambda device: 1)
+    assert torch.equal(many, batch.run(paged_attention_triton))
+
+
+def test_rows_of_no_sequence_are_left_as_they_are(device) -> None:
+    batch = make(device, [(1, 5), (10, 12)], padding=4)
+    out = torch.full_like(batch.q, 7.0)
+    assert batch.run(paged_attention_triton, out=out) is out
+    assert (out[11:] == 7).all()
+    assert not (out[:11] == 7).any()
+
+
+def test_strided_queries_and_caches(device) -> None:
+    """q as a slice of a QKV projection, K and V as the halves of one allocation."""
+    batch = make(device, MIXED)
+    tokens, heads, size = batch.q.shape
+    wide = torch.full((tokens, heads + 4, size), NAN, device=device)
+    wide[:, :heads] = batch.q
+    both = torch.stack([batch.k, batch.v], dim=1)
+    expected = batch.run(paged_attention_triton)
+    batch.q, batch.k, batch.v = wide[:, :heads], both[:, 0], both[:, 1]
+    assert torch.equal(batch.run(paged_attention_triton), expected)
+
+
+def test_a_head_size_too_large_is_refused(device) -> None:
+    with pytest.raises(ValueError, match="512"):
+        make(device, [(1, 3)], size=512).run(paged_attention_triton)

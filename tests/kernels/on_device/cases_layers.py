@@ -1,0 +1,118 @@
+"""Norm, activation, rotary positions with the cache write, and step inputs against their twins."""
+
+import pytest
+import torch
+from octavo_kernels import (
+    fused_add_rms_norm_reference,
+    rope_and_cache_reference,
+    silu_and_mul_reference,
+    step_inputs_reference,
+)
+from octavo_kernels.activation_triton import silu_and_mul_triton
+from octavo_kernels.norm_triton import fused_add_rms_norm_triton
+from octavo_kernels.rope_triton import rope_and_cache_triton
+from octavo_kernels.steps_triton import step_inputs_triton
+
+NAN = float("nan")
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}  # one unit in the last place, or two
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+    tolerance = TOLERANCE[dtype or expected.dtype]
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 64), (7, 96), (3, 2049), (2, 5120)])
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_fused_add_rms_norm(device, rows, columns, with_residual, dtype) -> None:
+    x = (3 * torch.randn(rows, columns + 5)).to(device, dtype)[:, :columns]
+    residual = torch.randn(rows, columns).to(device, dtype) if with_residual else None
+    weight = torch.randn(columns).to(device, dtype)
+    before = x.clone()
+    expected, hidden = fused_add_rms_norm_reference(x, residual, weight, 1e-5)
+    actual, new_hidden = fused_add_rms_norm_triton(x, residual, weight, 1e-5)
+    close(actual, expected)
+    if device.type == "cpu" and dtype == torch.bfloat16:  # the interpreter truncates where a GPU rounds to nearest
+        close(new_hidden, hidden)
+    else:
+        assert torch.equal(new_hidden, hidden)
+    assert torch.equal(x, before)
+    assert (new_hidden is x) == (residual is None)
+
+
+def test_fused_add_rms_norm_into_its_input(device) -> None:
+    x, residual, weight = torch.randn(3, 5, 128, device=device).unbind(0)
+    expected, hidden = fused_add_rms_norm_reference(x, residual, weight[0], 1e-6)
+    actual, new_hidden = fused_add_rms_norm_triton(x, residual, weight[0], 1e-6, out=x)
+    assert actual is x
+    close(x, expected)
+    assert torch.equal(new_hidden, hidden)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 100), (3, 1025)])
+def test_silu_and_mul(device, rows, columns, dtype) -> None:
+    x = (20 * torch.randn(rows, 2 * columns + 3)).to(device, dtype)[:, : 2 * columns]
+    x[0, 0] = -200.0  # exp overflows: the result is 0, not NaN
+    close(silu_and_mul_triton(x), silu_and_mul_reference(x))
+    out = torch.empty(rows, columns, device=device, dtype=dtype)
+    assert silu_and_mul_triton(x, out) is out
+    close(out, silu_and_mul_reference(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norms", ["none", "both", "k"])
+@pytest.mark.parametrize(("size", "rotated"), [(64, 64), (96, 96), (128, 128), (128, 32), (80, 48), (256, 256)])
+def test_rope_and_cache(device, size, rotated, norms, dtype) -> None:
+    tokens, heads, kv_heads, block = 6, 5, 3, 16
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * size).to(device, dtype)
+    angles = torch.rand(50, rotated // 2) * 6
+    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1).to(device)
+    positions = torch.tensor([0, 49, 7, 7, 20, 3], device=device)
+    slots = torch.tensor([17, 0, -1, 47, 16, -1], device=device)
+    q_norm = torch.randn(size).to(device, dtype) if norms == "both" else None
+    k_norm = torch.randn(size).to(device, dtype) if norms != "none" else None
+    results = []
+    for function in (rope_and_cache_reference, rope_and_cache_triton):
+        k_cache, v_cache = torch.full((2, 3, kv_heads, block, size), NAN, dtype=dtype, device=device)
+        before = qkv.clone()
+        q = function(
+            qkv, cos_sin, positions, slots, k_cache, v_cache, heads, kv_heads, q_norm=q_norm, k_norm=k_norm, eps=1e-5
+        )
+        assert torch.equal(qkv, before)
+        results.append((q, k_cache, v_cache))
+    for expected, actual in zip(*results, strict=True):
+        close(actual, expected, torch.bfloat16 if dtype == torch.bfloat16 else None)
+    written = torch.isfinite(results[1][1]).all(dim=-1).all(dim=1).flatten().nonzero().flatten().tolist()
+    assert written == [0, 16, 17, 47]  # the padding's slot -1 is nowhere, least of all in the last one
+
+
+def test_rope_and_cache_passes_values_through_whatever_they_hold(device) -> None:
+    """An infinite value is copied, not turned into NaN by a rotation which is not meant for it."""
+    qkv = torch.zeros(1, 3 * 16, device=device)
+    qkv[0, 32:] = float("inf")
+    k_cache, v_cache = torch.zeros(2, 1, 1, 16, 16, device=device)
+    cos_sin = torch.rand(4, 16, device=device)
+    one = torch.tensor([1], device=device)
+    rope_and_cache_triton(qkv, cos_sin, one, one, k_cache, v_cache, 1, 1)
+    assert torch.isinf(v_cache[0, 0, 1]).all()
+    assert (k_cache == 0).all()
+
+
+@pytest.mark.parametrize("padding", [0, 5, 300])
+@pytest.mark.parametrize("counts", [[1], [1, 1, 1, 1], [3, 0, 70, 1, 0, 0, 200, 1], [0, 0, 2, 0], [0], []])
+def test_step_inputs(device, counts, padding) -> None:
+    batch, rows, longest, block = len(counts), 11, 256, 16
+    tokens = torch.randint(0, 2**31 - 1, (rows, longest), dtype=torch.int32, device=device)
+    table = torch.randint(0, 2**27, (rows, longest // block), dtype=torch.int32, device=device)  # slots above 2^31
+    row = torch.randperm(rows)[:batch].to(device, torch.int32)
+    starts = torch.tensor([(37 * b) % 56 for b in range(batch)], dtype=torch.int32, device=device)
+    bounds = torch.tensor([0, *counts], device=device).cumsum(0).to(torch.int32)
+    arguments = (row, starts, bounds, tokens, table, block)
+    total = sum(counts) + padding
+    out = tuple(torch.full((total,), 99, device=device) for _ in range(3))
+    expected = step_inputs_reference(*arguments, total=total)
+    for actual in (step_inputs_triton(*arguments, total=total), step_inputs_triton(*arguments, total=total, out=out)):
+        for one, other in zip(actual, expected, strict=True):
+            assert torch.equal(one, other)
