@@ -217,7 +217,7 @@ def test_who_is_at_fault() -> None:
         "{{ messages[0].content + 1 }}": ("chat_template", "TypeError"),
         "{{ missing.attribute }}": ("chat_template", "missing"),
         "{% for m in 3 %}{% endfor %}": ("chat_template", "not iterable"),
-        "{% include 'x' %}": ("chat_template", ""),
+        "{% include 'x' %}": ("chat_template", "failed"),
     }
     for template, (field, words) in cases.items():
         with pytest.raises(RequestError, match=words) as caught:
