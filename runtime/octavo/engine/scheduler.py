@@ -114,7 +114,7 @@ class Scheduler:
         position = 0
         while budget > 0 and self._free_rows and position < len(self.waiting):
             sequence = self.waiting[position]
-            if sequence.samples_pending or self._sibling_prefills(sequence):
+            if sequence.samples_pending or self._sibling_prefills(sequence, draft):
                 position += 1  # ready in a later step; those behind need not wait for it
                 continue
             spent = self._admit(sequence, draft, budget)
@@ -126,7 +126,7 @@ class Scheduler:
         """Move a waiting sequence to a device row, reusing what is computed already; returns the tokens spent, 0 if no
         room."""
         pool = self.pool
-        donor = self._donor(sequence)
+        donor = self._donor(sequence, draft)
         if donor is not None:
             # fork: share the prompt's blocks, compute only its last token again (that write copies the last block)
             computed = sequence.num_prompt - 1
@@ -345,17 +345,26 @@ class Scheduler:
         wants = sequence.request.params.prompt_logprobs is not None and sequence.index == 0
         return wants and sequence.prompt_logprobs_sent < sequence.num_prompt - 1
 
-    def _donor(self, sequence: Sequence) -> Sequence | None:
-        """A running sibling that has computed the whole prompt, for a sequence without output of its own."""
+    def _donor(self, sequence: Sequence, draft: Draft) -> Sequence | None:
+        """A running sibling that had computed the prompt before this step, for a sequence without output of its own.
+        (Copies run before the step's forward pass: what a sibling writes in this very step is not there yet.)"""
         if sequence.index == 0 or sequence.num_output:
             return None
         for other in sequence.request.sequences:
-            if other.row >= 0 and other.scheduled >= other.num_prompt:
+            if other.row >= 0 and other.scheduled >= other.num_prompt and not _prefills(other, draft):
                 return other
         return None
 
-    def _sibling_prefills(self, sequence: Sequence) -> bool:
+    def _sibling_prefills(self, sequence: Sequence, draft: Draft) -> bool:
         """A sibling is computing the prompt right now: wait and fork from it."""
-        if sequence.index == 0 or sequence.num_output or self._donor(sequence):
+        if sequence.index == 0 or sequence.num_output or self._donor(sequence, draft):
             return False
-        return any(other.row >= 0 and other.scheduled < other.num_prompt for other in sequence.request.sequences)
+        return any(
+            other.row >= 0 and (other.scheduled < other.num_prompt or _prefills(other, draft))
+            for other in sequence.request.sequences
+        )
+
+
+def _prefills(sequence: Sequence, draft: Draft) -> bool:
+    """Part of the prompt (but for its last token) is computed by this step."""
+    return any(part is sequence and step.start < part.num_prompt - 1 for part, _, step in draft.parts)
