@@ -69,10 +69,10 @@ class EngineService:
     def submit(self, request: Request, *, wait: bool = False) -> None:
         """Hand a request over. Raises `QueueFullError` if too many wait already, unless `wait`: then blocks for
         room."""
+        self._check_usable()  # before the lock: in a forked child it may be locked for ever
         deliver, request.sink = request.sink, lambda event: self._deliver(request, deliver, event)
-        with (
-            self._room
-        ):  # the check and the hand-over are one: nothing enters the queue after it was emptied at the end
+        # the check and the hand-over are one: nothing enters the queue after it was emptied at the end
+        with self._room:
             self._check_usable()
             while self._backlog() >= self._max_queued:
                 if not wait:
@@ -177,18 +177,20 @@ class EngineService:
             self._core = None
 
     def _loop(self, core: EngineCore) -> None:
-        fresh = 0
         while True:
             while core.idle or not self._commands.empty():
                 command = self._commands.get()
                 if command is None:
                     return
                 command()
+                self._signal_room()  # an abort makes room too
             core.step()
-            if core.scheduler.fresh < fresh:
-                with self._room:
-                    self._room.notify_all()
-            fresh = core.scheduler.fresh
+            self._signal_room()
+
+    def _signal_room(self) -> None:
+        """Wake the callers that wait in `submit`: each looks for itself whether there is room now."""
+        with self._room:
+            self._room.notify_all()
 
     def _backlog(self) -> int:
         return self._not_accepted + (self._core.scheduler.fresh if self._core else 0)
@@ -196,8 +198,8 @@ class EngineService:
     def _accept(self, request: Request) -> None:
         assert self._core is not None
         self._open[request.request_id] = request
-        self._core.scheduler.add(request)
-        with self._room:
+        with self._room:  # or the request would count twice for a moment
+            self._core.scheduler.add(request)
             self._not_accepted -= 1
 
     def _abort(self, request: Request, index: int | None) -> None:
@@ -222,7 +224,10 @@ class EngineService:
         while not self._commands.empty():  # requests handed over but not yet accepted must end too
             command = self._commands.get()
             if command is not None:
-                command()
+                try:
+                    command()
+                except Exception:  # the scheduler may be in any state after a failure; the others must end all the same
+                    logger.debug("a command failed while the engine ended", exc_info=True)
         for request in list(self._open.values()):
             for sequence in request.sequences:
                 if not sequence.finished:
