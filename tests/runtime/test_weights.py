@@ -126,16 +126,35 @@ def test_dequantised_bits_are_those_of_gguf(kind: GGMLQuantizationType) -> None:
     assert torch.equal(found.masked_fill(nan, 0).view(torch.int32), expected.masked_fill(nan, 0).view(torch.int32))
 
 
-def test_dequantising_in_pieces_keeps_heads_whole() -> None:
-    values = np.random.default_rng(1).standard_normal((3 * 600, 1024)).astype(np.float32)
+@pytest.mark.parametrize(("columns", "step"), [(64, 64), (256, 96), (1024, 600), (1024, 1), (20480, 32)])
+def test_pieces_stay_small_and_fit_heads(columns: int, step: int) -> None:
+    """Below torch's grain of 32768 elements (or two rows): no operator waits for other threads on a busy machine."""
+    rows = 2 * step if step > 1 else 100
+    values = np.random.default_rng(1).standard_normal((rows, columns)).astype(np.float32)
     raw = quantize(values, GGMLQuantizationType.Q4_1)
     lengths, out = [], []
-    for piece in dequantised_rows(torch.from_numpy(raw).flatten(), "Q4_1", 1800, 1024, 600):
+    for piece in dequantised_rows(torch.from_numpy(raw).flatten(), "Q4_1", rows, columns, step):
+        assert piece.numel() < 32768 or len(piece) <= 2
         lengths.append(len(piece))
         out.append(piece.clone())
-    assert len(lengths) > 1
-    assert all(length % 600 == 0 for length in lengths)
     assert torch.equal(torch.cat(out), torch.from_numpy(dequantize(raw, GGMLQuantizationType.Q4_1)))
+    if step > 1:
+        assert all(length % step == 0 or (step % length == 0 and length % 2 == 0) for length in lengths)
+
+
+def test_heads_larger_than_a_piece(tmp_path: Path) -> None:
+    """q and k rows come back in order when one head is put in place in parts."""
+    rng = np.random.default_rng(2)
+    hidden, heads = 512, 4
+    original = torch.from_numpy(rng.integers(-8, 8, (hidden, hidden)).astype(np.float32))
+    original[:, ::32] = 127  # with an exact scale of one, Q8_0 keeps integers as they are
+    state = {"model.embed_tokens.weight": torch.zeros(8, hidden), "model.layers.0.self_attn.q_proj.weight": original}
+    tensors = gguf_tensors(state, heads, heads, permute=True)
+    tensors["blk.0.attn_q.weight"] = (tensors["blk.0.attn_q.weight"], GGMLQuantizationType.Q8_0)
+    path = write_gguf(tmp_path / "m.gguf", llama_metadata(hidden, heads, heads), tensors)
+    assert hidden // heads * hidden > 32768
+    found = read_all(ModelFiles("m", path, "gguf", "local"))
+    assert torch.equal(found["model.layers.0.self_attn.q_proj.weight"], original)
 
 
 def test_default_model_has_the_weights_transformers_reads(default_model: ModelFiles) -> None:

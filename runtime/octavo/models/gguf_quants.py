@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-_PIECE = 1 << 18  # elements dequantised at a time: 1 MiB of float32
+# Elements dequantised at a time, at most (a row or two may exceed it): 128 KiB of float32, which stay in the cache.
+# Also fewer than torch's grain of 32768, so that each operator runs in this thread alone: thousands of short parallel
+# regions made loading up to a hundred times slower on a busy machine, where each waits for a thread to get its turn.
+_PIECE = 32767
 
 
 def _q4(blocks: torch.Tensor, head: int, out: torch.Tensor) -> None:
@@ -51,18 +54,25 @@ _FAST: dict[str, tuple[int, int, Callable[[torch.Tensor, torch.Tensor], None]]] 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
+def _rows_at_a_time(limit: int, step: int) -> int:
+    if limit >= step:
+        return limit // step * step
+    return max((rows for rows in range(2, limit + 1, 2) if step % rows == 0), default=2)
+
+
 def dequantised_rows(raw: torch.Tensor, type_name: str, rows: int, columns: int, step: int) -> Iterator[torch.Tensor]:
-    """Yield the tensor of `rows` by `columns` in order, some multiple of `step` rows at a time.
+    """Yield the tensor of `rows` by `columns` in order, some rows at a time.
 
     Args:
         raw: the bytes of the tensor, uint8 `[nbytes]`; only read.
         type_name: ggml's name of the type, such as "Q4_1".
-        step: rows that must stay together (a whole head, where rows are permuted later).
+        step: rows that belong together (a head, where rows are permuted later): a piece is some whole steps, or an even
+            part of one step.
 
     Yields float32 (or the stored floating type) `[n, columns]`; the storage is reused for the next piece.
     Raises `NotImplementedError` for a type that `gguf.quants` does not know.
     """
-    count = max(_PIECE // (columns * step), 1) * step
+    count = _rows_at_a_time(max(_PIECE // columns, 1), step)
     if type_name in _PLAIN:
         yield raw.view(_PLAIN[type_name]).view(rows, columns)
         return

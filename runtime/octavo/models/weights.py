@@ -228,7 +228,11 @@ class GGUFWeights(_Reader):
             for piece in dequantised_rows(raw, info.type_name, rows, columns, step):
                 count = len(piece)
                 into = target[first : first + count]
-                if heads:  # stored [head, pair, half], wanted [head, half, pair]
+                if heads and count < step:  # a part of a head: stored [pair, half], wanted [half, pair]
+                    head, pair = first // step * step, first % step // 2
+                    into = target[head : head + step].view(2, step // 2, columns)[:, pair : pair + count // 2]
+                    piece = piece.view(-1, 2, columns).transpose(0, 1)
+                elif heads:  # stored [head, pair, half], wanted [head, half, pair]
                     piece = piece.view(-1, step // 2, 2, columns).transpose(1, 2)
                     into = into.view(-1, 2, step // 2, columns)
                 _copy(piece, into)
