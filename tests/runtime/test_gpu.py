@@ -1,0 +1,107 @@
+"""On a machine with an NVIDIA GPU: the engine takes it by itself, and gives what transformers gives. Skipped elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, make_model
+
+from octavo import LLM, SamplingParams
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, prompt_logprobs=1)
+TOPICS = ["the sea", "a lost key", "prime numbers", "winter in Oslo", "bread", "the year 1848", "tides", "a robot's dog"]
+
+
+def peer_tokens(peer: Any, ids: list[int], count: int) -> list[int]:
+    with torch.inference_mode():
+        made = peer.generate(
+            torch.tensor([ids], device="cuda"), attention_mask=torch.ones(1, len(ids), device="cuda"), do_sample=False,
+            max_new_tokens=count, min_new_tokens=count, pad_token_id=0,
+        )  # fmt: skip
+    return list(made[0, len(ids) :].tolist())
+
+
+def check_against(peer: Any, llm: LLM, prompts: list[list[int]]) -> None:
+    """Greedy tokens are the peer's, and so are the prompt's log-probabilities within 1e-4."""
+    outputs = llm.generate(prompts, GREEDY)
+    for ids, output in zip(prompts, outputs, strict=True):
+        with torch.inference_mode():
+            logits = peer(torch.tensor([ids], device="cuda")).logits[0].float()
+        wanted = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:], device="cuda")[:, None])[:, 0].cpu()
+        assert output.prompt_logprobs is not None
+        found = torch.tensor(
+            [entry[token].logprob for token, entry in zip(ids[1:], output.prompt_logprobs[1:], strict=True) if entry]
+        )
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-5)
+        assert output.outputs[0].token_ids == peer_tokens(peer, ids, 64)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_tiny_models_equal_transformers(family: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = make_model(family, tmp_path)
+    peer = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).cuda().eval()
+    source = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(2, 300, (length,), generator=source).tolist() for length in (1, 2, 17, 64, 100, 130)]
+    with LLM(str(path), dtype="float32") as llm:
+        assert llm.engine.limits.device == "cuda"
+        check_against(peer, llm, prompts)
+
+
+@pytest.fixture(scope="module")
+def default_ids(default_model: Path) -> list[list[int]]:
+    with LLM(str(default_model)) as llm:
+        return [
+            llm.tokenizer.encode(llm.chat_prompt([{"role": "user", "content": f"Tell me about {topic}."}], {})["prompt"])
+            for topic in TOPICS
+        ]
+
+
+def test_default_model_equals_transformers(default_model: Path, default_ids: list[list[int]]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    peer = AutoModelForCausalLM.from_pretrained(
+        default_model.parent, gguf_file=default_model.name, dtype=torch.float32
+    ).cuda().eval()  # fmt: skip
+    with LLM(str(default_model), dtype="float32") as llm:
+        check_against(peer, llm, default_ids)
+
+
+def test_default_model_in_bfloat16_answers_and_does_not_wait_for_the_device(default_model: Path) -> None:
+    mixed = [
+        SamplingParams(temperature=0, max_tokens=24),
+        SamplingParams(temperature=0.8, top_p=0.9, top_k=40, seed=1, max_tokens=24, logprobs=2),
+        SamplingParams(temperature=1.0, min_p=0.1, seed=2, max_tokens=24, presence_penalty=0.5, logit_bias={5: 1.0}),
+        SamplingParams(temperature=0, max_tokens=24, n=3, min_tokens=8, bad_words=["Lyon"], repetition_penalty=1.1),
+    ]
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    with LLM(str(default_model)) as llm:
+        assert llm.engine.limits.dtype == "bfloat16"
+        llm.chat([question] * 4, mixed)  # kernels are compiled, buffers are there
+        llm.engine.service.call(lambda core: torch.cuda.set_sync_debug_mode("error"))
+        try:
+            outputs = llm.chat([question] * 4, mixed)
+        finally:
+            llm.engine.service.call(lambda core: torch.cuda.set_sync_debug_mode("default"))
+        assert "Paris" in outputs[0].text
+        assert all(choice.finish_reason for output in outputs for choice in output.outputs)
+        assert llm.stats().blocks_used == 0
+
+
+def test_close_gives_the_memory_back(default_model: Path) -> None:
+    LLM(str(default_model)).close()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        with LLM(str(default_model)) as llm:
+            llm.generate("Hello", SamplingParams(max_tokens=2))
+            assert torch.cuda.memory_allocated() > before + 2**28
+    assert torch.cuda.memory_allocated() <= before + 2**20
