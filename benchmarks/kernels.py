@@ -18,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from octavo_kernels import (
@@ -93,8 +94,8 @@ class Bench:
         limit = max(size / self.bandwidth / 1e6, flop / self.tflops / 1e6)
         row = Row(kernel, shape, time_graph(run), size / 1e6, flop / 1e9, limit)
         self.rows.append(row)
-        print(f"{row.kernel:20} {row.shape:44} {row.microseconds:9.1f} us {row.megabytes:9.2f} MB {row.gigaflop:9.1f} GF "
-              f"limit {row.limit_microseconds:8.1f} us {row.share:6.1%}", flush=True)  # fmt: skip
+        work = f"{row.megabytes:9.2f} MB {row.gigaflop:9.1f} GF limit {row.limit_microseconds:8.1f} us"
+        print(f"{row.kernel:20} {row.shape:44} {row.microseconds:9.1f} us {work} {row.share:6.1%}", flush=True)
 
     def random(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.randn(*shape, device=self.device).to(dtype)
@@ -127,11 +128,10 @@ class Bench:
                 q, table, ends = self.random(sum(counts), heads, size), table.to(self.device), self.ints(lengths)
                 out = torch.empty_like(q)
 
-                def run(q=q, cache=cache, table=table, starts=starts, ends=ends, counts=counts, lengths=lengths, out=out):  # type: ignore[no-untyped-def]
-                    return paged_attention(
-                        q, cache[0], cache[1], table, starts, ends, max_query_len=max(counts),
-                        max_seq_len=max(lengths), scale=q.shape[-1] ** -0.5, out=out,
-                    )  # fmt: skip
+                run = partial(
+                    paged_attention, q, cache[0], cache[1], table, starts, ends, max_query_len=max(counts),
+                    max_seq_len=max(lengths), scale=size**-0.5, out=out,
+                )  # fmt: skip
 
                 pairs = sum(c * (n - c) + c * (c + 1) // 2 for c, n in sequences)
                 size_kv = 2 * 2 * kv_heads * size * sum(lengths)
@@ -168,7 +168,9 @@ class Bench:
     def sampling(self) -> None:
         for batch in (1, 64, 256):
             for vocab in (32000, 151936):
+                # a few likely tokens over a broad floor, about as models have it: top-p 0.9 keeps some dozens
                 logits, shape = self.random(batch, vocab, dtype=torch.float32) * 2, f"B={batch} V={vocab}"
+                logits[:, :100] += torch.linspace(14, 4, 100, device=self.device)
                 seeds = torch.arange(batch, device=self.device)
                 ones, zeros = torch.ones(batch, device=self.device), torch.zeros(batch, device=self.device)
                 off = torch.zeros(batch, dtype=torch.int32, device=self.device)
@@ -177,16 +179,18 @@ class Bench:
                              lambda a=(logits, heat, seeds, seeds): gumbel_sample(*a), 4 * logits.numel())  # fmt: skip
                 # The filter works in place; what it kept once it keeps again, so that each call starts from a copy.
                 work = torch.empty_like(logits)
-                for label, k, p in (("copy only", None, None), ("top-k 50", 50, 1.0), ("top-p 0.9", 0, 0.9),
+                for label, k, p in (("copy only", None, 1.0), ("top-k 50", 50, 1.0), ("top-p 0.9", 0, 0.9),
                                     ("top-k 50, top-p 0.9", 50, 0.9)):  # fmt: skip
 
-                    def run(logits=logits, work=work, ones=ones, off=off, zeros=zeros, k=k, p=p):  # type: ignore[no-untyped-def]
-                        work.copy_(logits)
-                        if k is not None:
-                            top_k_top_p_min_p(work, ones, ks, ps, zeros)
-
-                    ks, ps = off + (k or 0), ones * (p or 1.0)
+                    settings = None if k is None else (ones, off + k, ones * p, zeros)
+                    run = partial(copy_and_filter, logits, work, settings)
                     self.add("top_k_top_p_min_p", f"{shape} {label}", run, 16 * logits.numel())
+
+
+def copy_and_filter(logits: torch.Tensor, work: torch.Tensor, settings: tuple[torch.Tensor, ...] | None) -> None:
+    work.copy_(logits)
+    if settings is not None:
+        top_k_top_p_min_p(work, *settings)
 
 
 def main() -> int:

@@ -4,6 +4,8 @@ Each pass over the row counts (top-k) or weighs (top-p) the tokens not below thr
 which holds the threshold to a quarter. The first passes place pivots evenly between the values, which is what logits
 are spread over; later ones place them evenly between the integers of the same order as the floats, which ends on the
 exact threshold whatever the distribution. The search ends early once the interval holds as few tokens as decide it.
+Once few thousand tokens are left above the interval's lower end, they are gathered into a scratch row, and the search
+goes on there: of a vocabulary of 150,000 a handful of passes see the whole.
 
 Weights are 64-bit integers in units of 2^-44 of the best token's, so that sums are exact and have no order: a row's
 result cannot depend on the tile size, and counts and masses never contradict each other.
@@ -102,28 +104,76 @@ def _weigh(row, vocab, top, rate, p1, p2, p3, TILE: tl.constexpr):
 
 
 @triton.jit
-def _kth(row, vocab, top, lowest, finite, k, TILE: tl.constexpr):
-    """A value which exactly the tokens of the top-k are not below."""
-    low, high = _to_key(lowest), _to_key(top) + 1  # count(low) >= k > count(high) throughout
-    count_low = finite
+def _search_count(source, size, low, high, count_low, k, lowest, enough, TILE: tl.constexpr):
+    """Narrow `low .. high` around the k-th largest value until `enough` values or only those k are not below `low`.
+
+    Throughout, at least `k` values are not below `low` and fewer than `k` not below `high`; all are in `source`.
+    """
     step = 0
-    while (high - low > 1) & (count_low > k):
+    while (high - low > 1) & (count_low > tl.maximum(k, enough)):
         by_value = step < VALUE_PASSES
         k1 = _pivot(low, high, lowest, 1, by_value)
         k2 = _pivot(low, high, lowest, 2, by_value)
         k3 = _pivot(low, high, lowest, 3, by_value)
-        c1, c2, c3 = _count(row, vocab, _to_value(k1), _to_value(k2), _to_value(k3), TILE)
+        c1, c2, c3 = _count(source, size, _to_value(k1), _to_value(k2), _to_value(k3), TILE)
         high = tl.where(c1 < k, k1, tl.where(c2 < k, k2, tl.where(c3 < k, k3, high)))
         low = tl.where(c3 >= k, k3, tl.where(c2 >= k, k2, tl.where(c1 >= k, k1, low)))
         count_low = tl.where(c3 >= k, c3, tl.where(c2 >= k, c2, tl.where(c1 >= k, c1, count_low)))
         step += 1
-    return _to_value(low)
+    return low, high, count_low
 
 
 @triton.jit
-def filter_kernel(logits, temperature, top_k, top_p, min_p, vocab, stride, TILE: tl.constexpr):
+def _search_mass(
+    source, size, low, high, count_low, count_high, mass_low, mass_high, needed, top, rate, lowest, enough,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Narrow `low .. high` around the value at which the mass `needed` is reached, until `enough` values are left.
+
+    Throughout, the values not below `low` weigh at least `needed` and those not below `high` weigh less.
+    """
+    step = 0
+    while (high - low > 1) & (count_low - count_high > 1) & (count_low > enough):
+        by_value = step < VALUE_PASSES
+        k1 = _pivot(low, high, lowest, 1, by_value)
+        k2 = _pivot(low, high, lowest, 2, by_value)
+        k3 = _pivot(low, high, lowest, 3, by_value)
+        c1, c2, c3, m1, m2, m3 = _weigh(source, size, top, rate, _to_value(k1), _to_value(k2), _to_value(k3), TILE)
+        is1, is2, is3 = m1 >= needed, m2 >= needed, m3 >= needed
+        count_high = tl.where(is3, count_high, tl.where(is2, c3, tl.where(is1, c2, c1)))
+        mass_high = tl.where(is3, mass_high, tl.where(is2, m3, tl.where(is1, m2, m1)))
+        high = tl.where(is3, high, tl.where(is2, k3, tl.where(is1, k2, k1)))
+        count_low = tl.where(is3, c3, tl.where(is2, c2, tl.where(is1, c1, count_low)))
+        mass_low = tl.where(is3, m3, tl.where(is2, m2, tl.where(is1, m1, mass_low)))
+        low = tl.where(is3, k3, tl.where(is2, k2, tl.where(is1, k1, low)))
+        step += 1
+    return low, high, count_low, count_high, mass_low, mass_high
+
+
+@triton.jit
+def _gather(row, vocab, floor, kept, TILE: tl.constexpr, KEEP: tl.constexpr):
+    """Write the values of a row which are not below `floor`, at most KEEP of them, to `kept`; the rest of it is -inf."""
+    tl.debug_barrier()
+    count = 0
+    for start in range(0, vocab, TILE):
+        column = start + tl.arange(0, TILE)
+        x = tl.load(row + column, mask=column < vocab, other=float("-inf"))
+        wanted = (x >= floor).to(tl.int32)
+        place = count + tl.cumsum(wanted, axis=0) - 1
+        tl.store(kept + place, x, mask=wanted > 0)
+        count += tl.sum(wanted, axis=0)
+    place = tl.arange(0, KEEP)
+    tl.store(kept + place, float("-inf"), mask=place >= count)
+    tl.debug_barrier()  # what one thread has written, others are about to read
+
+
+@triton.jit
+def filter_kernel(
+    logits, temperature, top_k, top_p, min_p, scratch, vocab, stride, TILE: tl.constexpr, KEEP: tl.constexpr
+):
     index = tl.program_id(0).to(tl.int64)
     row = logits + index * stride
+    kept = scratch + index * KEEP
     heat = tl.load(temperature + index)
     k = tl.load(top_k + index)
     p = tl.load(top_p + index)
@@ -136,36 +186,42 @@ def filter_kernel(logits, temperature, top_k, top_p, min_p, vocab, stride, TILE:
         return
 
     threshold = tl.maximum(lowest, top + heat * tl.log(share))
+    gathered = finite < 0  # whether all that may stay is in `kept`
     if limited & (k < finite):
-        threshold = tl.maximum(threshold, _kth(row, vocab, top, lowest, finite, k, TILE))
+        low, high, count = _search_count(
+            row, vocab, _to_key(lowest), _to_key(top) + 1, finite, k, lowest, KEEP, TILE
+        )  # fmt: skip
+        if (count <= KEEP) & ((p < 1) | (count > k)):
+            _gather(row, vocab, _to_value(low), kept, TILE, KEEP)
+            gathered = finite > 0
+            low, high, count = _search_count(kept, KEEP, low, high, count, k, lowest, 0, KEEP)
+        threshold = tl.maximum(threshold, _to_value(low))
 
     ties = vocab  # how many tokens equal to the threshold stay
     equal = 0
     if p < 1:
         rate = LOG2E / heat
-        count_low, _c2, _c3, mass_low, _m2, _m3 = _weigh(row, vocab, top, rate, threshold, threshold, threshold, TILE)
-        needed = tl.ceil(p.to(tl.float64) * mass_low.to(tl.float64)).to(tl.int64)
-        needed = tl.minimum(tl.maximum(needed, 1), mass_low)
-        low, high = _to_key(threshold), _to_key(top) + 1  # mass(low) >= needed > mass(high) throughout
+        high = _to_key(top) + 1
+        low = _to_key(threshold)
+        floor = _to_value(low)
         count_high = 0
         mass_high = tl.zeros([], tl.int64)
-        step = 0
-        while (high - low > 1) & (count_low - count_high > 1):
-            by_value = step < VALUE_PASSES
-            k1 = _pivot(low, high, lowest, 1, by_value)
-            k2 = _pivot(low, high, lowest, 2, by_value)
-            k3 = _pivot(low, high, lowest, 3, by_value)
-            c1, c2, c3, m1, m2, m3 = _weigh(
-                row, vocab, top, rate, _to_value(k1), _to_value(k2), _to_value(k3), TILE
-            )
-            is1, is2, is3 = m1 >= needed, m2 >= needed, m3 >= needed
-            count_high = tl.where(is3, count_high, tl.where(is2, c3, tl.where(is1, c2, c1)))
-            mass_high = tl.where(is3, mass_high, tl.where(is2, m3, tl.where(is1, m2, m1)))
-            high = tl.where(is3, high, tl.where(is2, k3, tl.where(is1, k2, k1)))
-            count_low = tl.where(is3, c3, tl.where(is2, c2, tl.where(is1, c1, count_low)))
-            mass_low = tl.where(is3, m3, tl.where(is2, m2, tl.where(is1, m1, mass_low)))
-            low = tl.where(is3, k3, tl.where(is2, k2, tl.where(is1, k1, low)))
-            step += 1
+        if gathered:
+            count_low, _a, _b, mass_low, _c, _d = _weigh(kept, KEEP, top, rate, floor, floor, floor, KEEP)
+        else:
+            count_low, _a, _b, mass_low, _c, _d = _weigh(row, vocab, top, rate, floor, floor, floor, TILE)
+        needed = tl.ceil(p.to(tl.float64) * mass_low.to(tl.float64)).to(tl.int64)
+        needed = tl.minimum(tl.maximum(needed, 1), mass_low)
+        if gathered == 0:
+            low, high, count_low, count_high, mass_low, mass_high = _search_mass(
+                row, vocab, low, high, count_low, count_high, mass_low, mass_high, needed, top, rate, lowest, KEEP, TILE
+            )  # fmt: skip
+            if count_low <= KEEP:
+                _gather(row, vocab, _to_value(low), kept, TILE, KEEP)
+        # where more than KEEP are left although the search is over, they are of one value and this one has no step
+        low, high, count_low, count_high, mass_low, mass_high = _search_mass(
+            kept, KEEP, low, high, count_low, count_high, mass_low, mass_high, needed, top, rate, lowest, 0, KEEP
+        )  # fmt: skip
         threshold = _to_value(low)
         equal = count_low - count_high  # all of one value and weight, or a single token
         weight = (mass_low - mass_high) // equal
@@ -195,7 +251,9 @@ def top_k_top_p_min_p_triton(
     """`filter.top_k_top_p_min_p` without its checks."""
     batch, vocab = logits.shape
     if batch:
+        keep = min(tiles.FILTER_KEEP, triton.next_power_of_2(vocab))
+        scratch = torch.empty(batch, keep, dtype=torch.float32, device=logits.device)
         filter_kernel[(batch,)](
-            logits, temperature, top_k, top_p, min_p, vocab, logits.stride(0),
-            TILE=min(tiles.FILTER_TILE, triton.next_power_of_2(vocab)), num_warps=tiles.FILTER_WARPS,
+            logits, temperature, top_k, top_p, min_p, scratch, vocab, logits.stride(0),
+            TILE=min(tiles.FILTER_TILE, triton.next_power_of_2(vocab)), KEEP=keep, num_warps=tiles.FILTER_WARPS,
         )  # fmt: skip

@@ -23,6 +23,8 @@ PROGRAMS_PER_SM = 16
 
 SAMPLE_TILE = 2048
 FILTER_TILE, FILTER_WARPS = 4096, 16
+# Tokens gathered once a filter's search has come down to so few.
+FILTER_KEEP = 2048
 SILU_TILE = 1024
 STEP_TILE = 256
 # Elements of a `[heads, half head]` tile in the rotary kernel.

@@ -64,17 +64,14 @@ def attention_calls() -> None:
         ints = torch.zeros(5, dtype=torch.int32)
         # sequences of both kinds and long enough for splits: the short kernel, the join and the long kernel
         paged_attention_triton(
-            torch.zeros(64, heads, size, dtype=dtype), cache, cache, torch.zeros(4, 32, dtype=torch.int32), ints, ints[:4],
-            max_query_len=32, max_seq_len=32768, scale=0.1, **options,
+            torch.zeros(64, heads, size, dtype=dtype), cache, cache, torch.zeros(4, 32, dtype=torch.int32),
+            ints, ints[:4], max_query_len=32, max_seq_len=32768, scale=0.1, **options,
         )  # fmt: skip
 
-    for size in (64, 96, 128, 256):
-        call(size, torch.bfloat16)
     for size in (64, 128, 256):
+        call(size, torch.bfloat16)
         call(size, torch.float32)
-    call(128, torch.float16, heads=6, window=100)
-    call(256, torch.bfloat16, window=100, soft_cap=50.0)
-    call(128, torch.bfloat16, heads=142)
+    call(96, torch.float16, heads=6, window=100, soft_cap=50.0)
 
 
 def layer_calls() -> None:
@@ -84,12 +81,12 @@ def layer_calls() -> None:
     from octavo_kernels.steps_triton import step_inputs_triton
 
     for dtype in (torch.bfloat16, torch.float32):
-        for columns in (576, 4096, 16384):
+        for columns in (576, 16384):
             x = torch.zeros(4, columns, dtype=dtype)
             fused_add_rms_norm_triton(x, None, x[0], 1e-6)
             fused_add_rms_norm_triton(x, x, x[0], 1e-6)
         silu_and_mul_triton(torch.zeros(4, 8192, dtype=dtype))
-        for size, rotated in ((64, 64), (96, 96), (128, 128), (128, 32), (256, 256)):
+        for size, rotated in ((64, 64), (128, 32), (256, 256)):
             cache = torch.zeros(4, 2, 16, size, dtype=dtype)
             longs, norm = torch.zeros(4, dtype=torch.int64), torch.zeros(size, dtype=dtype)
             rope_and_cache_triton(
@@ -105,7 +102,7 @@ def sampling_calls() -> None:
     from octavo_kernels.gumbel_triton import gumbel_sample_triton
 
     floats, ints, longs = torch.zeros(4), torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
-    for vocab in (100, 49152, 151936):
+    for vocab in (49152, 151936):
         for dtype in (torch.bfloat16, torch.float32):
             gumbel_sample_triton(torch.zeros(4, vocab, dtype=dtype), floats, longs, longs)
         top_k_top_p_min_p_triton(torch.zeros(4, vocab), floats, ints, floats, floats)

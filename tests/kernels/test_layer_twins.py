@@ -1,0 +1,153 @@
+"""The twins of norm, activation, rotary positions and step inputs against plain restatements, and refused arguments."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import octavo_kernels as ok
+import pytest
+import torch
+import torch.nn.functional as F
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_is_that_of_torch_on_the_rounded_sum(dtype) -> None:
+    torch.manual_seed(0)
+    x, residual, weight = torch.randn(5, 96).to(dtype), torch.randn(5, 96).to(dtype), torch.randn(96).to(dtype)
+    normed, hidden = ok.fused_add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(hidden, x + residual)
+    expected = F.rms_norm(hidden.double(), (96,), weight.double(), 1e-5)
+    torch.testing.assert_close(normed.double(), expected, atol=1e-6, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5)
+    alone, same = ok.fused_add_rms_norm(hidden, None, weight, 1e-5)
+    assert same is hidden
+    assert torch.equal(alone, normed)
+
+
+def test_eps_counts_where_the_input_is_small() -> None:
+    normed, _ = ok.fused_add_rms_norm(torch.full((1, 4), 1e-3), None, torch.ones(4), 3e-6)
+    torch.testing.assert_close(normed, torch.full((1, 4), 0.5))
+
+
+def test_silu_and_mul_takes_the_gate_first() -> None:
+    x = torch.tensor([[0.0, 1.0, -2.0, 5.0, 7.0, 3.0]])
+    expected = torch.tensor([[0.0, 7 / (1 + 2.718281828459045**-1), -6 / (1 + 2.718281828459045**2)]])
+    torch.testing.assert_close(ok.silu_and_mul(x), expected)
+    out = torch.empty(1, 3)
+    assert ok.silu_and_mul(x, out) is out
+
+
+@pytest.mark.parametrize(("size", "rotated"), [(8, 8), (12, 4)])
+def test_rope_turns_pairs_as_complex_numbers(size, rotated) -> None:
+    """Dimension i and i + rot_dim / 2 are the real and the imaginary part of a number turned by its angle."""
+    torch.manual_seed(0)
+    heads, kv_heads, block = 3, 2, 4
+    angle = torch.rand(20, rotated // 2) * 6
+    cos_sin = torch.cat([angle.cos(), angle.sin()], dim=1)
+    qkv = torch.randn(5, (heads + 2 * kv_heads) * size)
+    positions, slots = torch.tensor([3, 0, 19, 3, 7]), torch.tensor([0, 9, -1, 7, 4])
+    k_cache, v_cache = torch.full((2, 3, kv_heads, block, size), -7.0)
+    weight = torch.rand(size) + 0.5
+    q = ok.rope_and_cache(
+        qkv, cos_sin, positions, slots, k_cache, v_cache, heads, kv_heads, q_norm=weight, k_norm=2 * weight, eps=1e-5
+    )
+    parts = qkv.view(5, -1, size)
+
+    def turn(vectors: torch.Tensor, token: int, scale: torch.Tensor) -> torch.Tensor:
+        vectors = F.rms_norm(vectors, (size,), scale, 1e-5)
+        number = torch.complex(vectors[:, : rotated // 2], vectors[:, rotated // 2 : rotated])
+        number = number * torch.polar(torch.ones(rotated // 2), angle[positions[token]])
+        return torch.cat([number.real, number.imag, vectors[:, rotated:]], dim=1)
+
+    written = torch.zeros(12, dtype=torch.bool)
+    for token, slot in enumerate(slots.tolist()):
+        torch.testing.assert_close(q[token], turn(parts[token, :heads], token, weight))
+        if slot >= 0:
+            written[slot] = True
+            place = (slot // block, slice(None), slot % block)
+            keys = turn(parts[token, heads : heads + kv_heads], token, 2 * weight)
+            torch.testing.assert_close(k_cache[place], keys)
+            assert torch.equal(v_cache[place], parts[token, heads + kv_heads :])
+    for cache in (k_cache, v_cache):
+        untouched = (cache.transpose(1, 2).reshape(12, -1) == -7).all(dim=1)
+        assert torch.equal(untouched, ~written)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [1], [0, 0], []])
+def test_step_inputs_by_a_loop(counts) -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 9999, (6, 40), dtype=torch.int32)
+    table = torch.randint(0, 500, (6, 10), dtype=torch.int32)
+    rows = torch.randperm(6)[: len(counts)].to(torch.int32)
+    starts = torch.arange(len(counts), dtype=torch.int32) * 7
+    bounds = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+    expected = [(0, 0, -1)] * (sum(counts) + 2)
+    for b, count in enumerate(counts):
+        for j in range(count):
+            p, row = int(starts[b]) + j, int(rows[b])
+            expected[int(bounds[b]) + j] = (int(tokens[row, p]), p, int(table[row, p // 4]) * 4 + p % 4)
+    result = ok.step_inputs(rows, starts, bounds, tokens, table, 4, total=len(expected))
+    assert [tuple(entry) for entry in torch.stack(result, dim=1).tolist()] == expected
+    assert all(tensor.dtype == torch.int64 for tensor in result)
+
+
+X = torch.zeros(2, 8)
+INTS, LONGS, CACHE = torch.zeros(3, dtype=torch.int32), torch.zeros(2, dtype=torch.int64), torch.zeros(1, 1, 16, 2)
+REFUSED = {
+    "residual": lambda: ok.fused_add_rms_norm(X, X[:1], X[0], 1e-6),
+    "weight": lambda: ok.fused_add_rms_norm(X, None, X[0, :4], 1e-6),
+    "out must not be x": lambda: ok.fused_add_rms_norm(X, None, X[0], 1e-6, out=X),
+    "x has 7 columns": lambda: ok.silu_and_mul(torch.zeros(2, 7)),
+    "x is torch.int32": lambda: ok.silu_and_mul(X.int()),
+    "x must be contiguous": lambda: ok.silu_and_mul(torch.zeros(8, 2).T),
+    "qkv has shape": lambda: ok.rope_and_cache(X, X, LONGS, LONGS, CACHE, CACHE, 4, 1),
+    "cos_sin has 8 columns": lambda: ok.rope_and_cache(X, X, LONGS, LONGS, CACHE, CACHE, 2, 1),
+    "slots is": lambda: ok.rope_and_cache(X, X[:, :2], LONGS, LONGS.int(), CACHE, CACHE, 2, 1),
+    "v_cache": lambda: ok.rope_and_cache(X, X[:, :2], LONGS, LONGS, CACHE, CACHE.double(), 2, 1),
+    "temperature": lambda: ok.gumbel_sample(X, X[0], LONGS, LONGS),
+    "seeds is torch.int32": lambda: ok.gumbel_sample(X, X[:, 0].contiguous(), LONGS.int(), LONGS),
+    "top_k is torch.int64": lambda: ok.top_k_top_p_min_p(X, torch.ones(2), LONGS, torch.ones(2), torch.ones(2)),
+    "logits is": lambda: ok.top_k_top_p_min_p(X.half(), torch.ones(2), INTS[:2], torch.ones(2), torch.ones(2)),
+    "block_size is 0": lambda: ok.step_inputs(INTS[:2], INTS[:2], INTS, INTS[None], INTS[None], 0, total=2),
+    "query_start": lambda: ok.step_inputs(INTS[:2], INTS[:2], INTS[:2], INTS[None], INTS[None], 4, total=2),
+    "3 heads and k_cache 2": lambda: attend(heads=3),
+    "block_table has shape": lambda: attend(table=INTS[None]),
+    "max_query_len": lambda: attend(max_query_len=0),
+    "window": lambda: attend(window=-1),
+    "out has shape": lambda: attend(out=X),
+}
+
+
+def attend(heads=4, table=INTS[:2, None], max_query_len=1, **options):
+    cache = torch.zeros(1, 2, 16, 8)
+    return ok.paged_attention(
+        torch.zeros(2, heads, 8), cache, cache, table, INTS, INTS[:2], max_query_len=max_query_len, max_seq_len=4,
+        scale=1.0, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_a_wrong_argument_is_named(message) -> None:
+    with pytest.raises(ValueError, match=message):
+        REFUSED[message]()
+
+
+def test_the_package_works_where_triton_is_not_installed() -> None:
+    script = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "triton" else find(name, package)
+sys.modules["triton"] = None
+import torch, octavo_kernels
+x = torch.ones(2, 8)
+assert octavo_kernels.silu_and_mul(x).shape == (2, 4)
+assert not octavo_kernels._dispatch.use_triton(x)
+"""
+    path = str(Path(ok.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", script], check=True, env={"PYTHONPATH": path}, timeout=120)
+
+
+def test_a_cpu_tensor_goes_to_the_twin_and_imports_no_kernel() -> None:
+    script = "import torch, octavo_kernels as k, sys; k.silu_and_mul(torch.ones(2, 8)); "
+    script += "sys.exit(any(name.endswith('_triton') and 'octavo' in name for name in sys.modules))"
+    path = str(Path(ok.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", script], check=True, env={"PYTHONPATH": path}, timeout=120)
