@@ -20,17 +20,22 @@ class StepResult:
     sampled: Sampled | None
     sampling: list[int]
     """Which entries sampled, in order."""
+    broken: torch.Tensor
+    """[size] bool: the model's output for this entry was not finite."""
     prompt_logprobs: dict[int, DeviceLogprobs] = field(default_factory=dict)
     """By entry."""
     _copied: torch.cuda.Event | None = None
 
     def __post_init__(self) -> None:
-        if self.sampled is not None and self.sampled.tokens.is_cuda:
-            self.sampled.tokens = _begin_copy(self.sampled.tokens)
-            for raw in (self.sampled.logprobs, *self.prompt_logprobs.values()):
-                if raw is not None:
-                    raw.chosen, raw.ranks = _begin_copy(raw.chosen), _begin_copy(raw.ranks)
-                    raw.top, raw.top_ids = _begin_copy(raw.top), _begin_copy(raw.top_ids)
+        if self.broken.is_cuda:
+            self.broken = _begin_copy(self.broken)
+            logprobs = list(self.prompt_logprobs.values())
+            if self.sampled is not None:
+                self.sampled.tokens = _begin_copy(self.sampled.tokens)
+                logprobs += [self.sampled.logprobs] if self.sampled.logprobs is not None else []
+            for raw in logprobs:
+                raw.chosen, raw.ranks = _begin_copy(raw.chosen), _begin_copy(raw.ranks)
+                raw.top, raw.top_ids = _begin_copy(raw.top), _begin_copy(raw.top_ids)
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
 
@@ -47,12 +52,14 @@ class StepResult:
                 event = events[entry] or TokenEvent(0)
                 if tokens[number] < 0:
                     event.error = RequestFailedError(
-                        "no token could be chosen: the model's output was not finite, "
-                        "or the request forbids every token"
+                        "no token could be chosen: no logit is finite, or the request forbids every token"
                     )
                 event.token_ids = [tokens[number]]
                 event.logprobs = [logprobs[number]] if number in logprobs else None
                 events[entry] = event
+        for entry, broken in enumerate(self.broken.tolist()):
+            if broken:
+                events[entry] = TokenEvent(0, error=RequestFailedError("the model's output was not finite"))
         return events
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 
 from octavo.attention.base import AttentionBackend
 from octavo.decode.row import RowSampling
@@ -42,11 +43,13 @@ class Runner:
         inputs = self.table.gather(plan, self.attention.row_multiple)
         context = ForwardContext(inputs, self.attention.prepare(inputs), self.kv)
         hidden = self.model.forward(context)
+        broken = _broken(inputs, hidden)
         sampling = [entry for entry, step in enumerate(plan.steps) if step.samples]
         return StepResult(
             size=len(plan.steps),
             sampled=self._sample(plan, inputs, hidden, sampling) if sampling else None,
             sampling=sampling,
+            broken=broken,
             prompt_logprobs=self._prompt_logprobs(plan, inputs, hidden),
         )
 
@@ -66,7 +69,6 @@ class Runner:
         states = hidden.index_select(0, chosen)
         logits = self.model.logits(states)[:size]
         sampled = self.sampler.sample(logits, rows, self._sampling(host_rows), host_rows, lengths, positions)
-        sampled.tokens = torch.where(states[:size].isfinite().all(dim=-1), sampled.tokens, -1)
         table.tokens.index_put_((rows, positions), sampled.tokens.clamp_min(0).to(torch.int32))
         return sampled
 
@@ -92,3 +94,13 @@ class Runner:
                 found[entry] = DeviceLogprobs(*(torch.cat([getattr(tile, name) for tile in tiles]) for name in names))
             first += step.count
         return found
+
+
+def _broken(inputs: StepInputs, hidden: torch.Tensor) -> torch.Tensor:
+    """[B] bool: some state of this step is not finite. Asked of every step, not only of those that sample: keys and
+    values of a broken chunk must be found out before anybody else gets their blocks."""
+    bad = hidden.isfinite().all(dim=-1).logical_not_()
+    if inputs.max_query_len == 1:
+        return bad[: len(inputs.counts)]
+    before = F.pad(bad.cumsum(0), (1, 0)).index_select(0, inputs.query_start)
+    return before[1:] > before[:-1]
