@@ -1,0 +1,169 @@
+"""A device of plain Python for the scheduler: an oracle which knows what every slot of the KV cache must hold.
+
+A slot holds a digest of the salt and all tokens up to its own, as keys and values depend on all of them. Each step the
+device checks every position of every running sequence, then makes a token out of the digests it read: a wrong block
+anywhere changes the tokens, and the test compares these with `expected_tokens`, which knows no blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from octavo.engine.plan import StepPlan
+from octavo.engine.request import Request, TokenEvent
+from octavo.engine.scheduler import Scheduler
+from octavo.errors import RequestFailedError
+
+NAN = "nan"
+POISON = 99
+"""A prompt token which makes keys, values and the sampled token NaN."""
+VOCABULARY = 50
+EOS = 7
+
+
+def digest(parent: int, token: int) -> int:
+    return hash((parent, token, 0x0C7A)) & 0xFFFFFFFF
+
+
+def root(salt: bytes) -> int:
+    return int.from_bytes(salt, "big") + 1
+
+
+def next_token(state: int, seed: int) -> int:
+    return hash((state, seed)) % VOCABULARY
+
+
+def expected_tokens(request: Request, seed: int) -> tuple[list[int], str]:
+    """Output and finish reason of a sequence, by the definition."""
+    state = root(request.cache_salt)
+    for token in request.prompt_ids:
+        state = digest(state, token)
+    made: list[int] = []
+    while True:
+        made.append(next_token(state, seed))
+        state = digest(state, made[-1])
+        if made[-1] in request.eos_token_ids and len(made) >= request.params.min_tokens:
+            return made, "stop"
+        if len(made) == request.max_tokens:
+            return made, "length"
+
+
+@dataclass
+class _Row:
+    tokens: list[int]
+    seed: int
+    salt: bytes
+    table: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass
+class _Done:
+    events: list[TokenEvent | None]
+    error: Exception | None
+
+    def wait(self) -> list[TokenEvent | None]:
+        if self.error is not None:
+            raise self.error
+        return self.events
+
+
+class SimDevice:
+    """A `StepRunner`. `stale_matters`: like the CPU's attention, which runs without overlap, it reads whole blocks, so
+    a NaN behind a sequence's end would survive the mask; a GPU's kernel does not read there. `fail_launch` and `fail_wait` make the next step fail at that point, after it wrote garbage."""
+
+    def __init__(self, scheduler: Scheduler, *, stale_matters: bool) -> None:
+        self.scheduler, self.stale_matters = scheduler, stale_matters
+        self.size = scheduler.pool.block_size
+        self.slots: list[list[int | str | None]] = [[None] * self.size for _ in range(scheduler.pool.num_blocks)]
+        self.rows: dict[int, _Row] = {}
+        self.fail_launch = self.fail_wait = False
+        self.raise_on: int | None = None
+        """A token id: every step that computes it raises."""
+        self.steps = self.copied = 0
+
+    def launch(self, plan: StepPlan) -> _Done:
+        self.steps += 1
+        self._check_plan(plan)
+        self._apply(plan)
+        raising = any(self.raise_on in self._inputs(step.row, step.start, step.count) for step in plan.steps)
+        fail_launch, fail_wait = self.fail_launch or raising, self.fail_wait
+        self.fail_launch = self.fail_wait = False
+        for step in plan.steps:  # every key is written before any query reads, as in a layer
+            self._write(step.row, step.start, step.count, broken=fail_launch or fail_wait)
+        if fail_launch:
+            raise RuntimeError("the device failed")
+        if fail_wait:
+            for step in plan.steps:
+                if step.samples:
+                    self.rows[step.row].tokens.append(-1)
+            return _Done([], RuntimeError("the device failed late"))
+        return _Done([self._read(step.row, step.start + step.count, step.samples) for step in plan.steps], None)
+
+    def _inputs(self, row: int, start: int, count: int) -> list[int]:
+        return self.rows[row].tokens[start : start + count]
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        rows = [step.row for step in plan.steps]
+        assert len(set(rows)) == len(rows), "a row runs twice in one step"
+        assert 0 < plan.num_tokens <= self.scheduler.max_num_batched_tokens, "the budget is exceeded, or the step empty"
+        assert all(step.count > 0 for step in plan.steps)
+        counts = [step.count > 1 for step in plan.steps]
+        assert counts == sorted(counts), "decoding rows must come first"
+        destinations = [destination for _, destination in plan.copies]
+        assert len(set(destinations)) == len(destinations), "a block is copied onto twice"
+        assert 0 not in destinations, "the null block is written"
+        assert 0 not in [block for _, _, block in plan.new_blocks], "the null block is given to a sequence"
+
+    def _apply(self, plan: StepPlan) -> None:
+        read = [(list(self.slots[source]), destination) for source, destination in plan.copies]
+        for content, destination in read:
+            self.slots[destination] = content
+        self.copied += sum(source != 0 for source, _ in plan.copies)
+        by_row = {sequence.row: sequence for sequence in self.scheduler.running}
+        for new in plan.new_rows:
+            salt = by_row[new.row].request.cache_salt
+            self.rows[new.row] = _Row(list(new.tokens), new.seed, salt)
+        for row, index, block in plan.new_blocks:
+            self.rows[row].table[index] = block
+
+    def _states(self, row: _Row, end: int) -> list[int | str]:
+        states: list[int | str] = []
+        state: int | str = root(row.salt)
+        for token in row.tokens[:end]:
+            state = NAN if token == POISON or state == NAN else digest(int(state), token)
+            states.append(state)
+        return states
+
+    def _write(self, number: int, start: int, count: int, *, broken: bool) -> None:
+        row = self.rows[number]
+        assert len(row.tokens) >= start + count, "a step reads tokens that the row does not have"
+        states = self._states(row, start + count)
+        for position in range(start, start + count):
+            block = row.table[position // self.size]
+            for other_number, other in self.rows.items():
+                live = any(sequence.row == other_number for sequence in self.scheduler.running)
+                if other_number != number and live:
+                    assert block not in other.table.values(), f"block {block} is written while another row holds it"
+            self.slots[block][position % self.size] = NAN if broken else states[position]
+
+    def _read(self, number: int, end: int, samples: bool) -> TokenEvent | None:
+        row = self.rows[number]
+        states = self._states(row, end)
+        poisoned = NAN in states
+        for index in range(-(-end // self.size)):
+            for offset, slot in enumerate(self.slots[row.table[index]]):
+                position = index * self.size + offset
+                if position < end:
+                    assert slot == states[position], f"row {number} reads a wrong key at {position} of {end}"
+                elif self.stale_matters:
+                    assert slot != NAN or poisoned, f"row {number}: NaN in a stale slot survives the mask at {position}"
+        if poisoned:
+            if samples:
+                row.tokens.append(0)
+            return TokenEvent(0, error=RequestFailedError("the output was not finite"))
+        if not samples:
+            return None
+        token = next_token(int(states[-1]), row.seed)
+        del row.tokens[end:]
+        row.tokens.append(token)
+        return TokenEvent(0, token_ids=[token])
