@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from octavo.engine.plan import NewRow
+from octavo.execute.transfer import to_device
 
 NEVER = float("-inf")
 
@@ -22,9 +23,8 @@ class LogitsProcessor(Protocol):
 
 class AllowedTokens:
     def __init__(self, tokens: Sequence[int], vocab_size: int, device: torch.device) -> None:
-        forbidden = torch.ones(vocab_size, dtype=torch.bool)
-        forbidden[list(tokens)] = False
-        self.forbidden = forbidden.to(device)
+        self.forbidden = torch.ones(vocab_size, dtype=torch.bool, device=device)
+        self.forbidden.index_fill_(0, to_device(tokens, torch.int64, device), False)
 
     def apply(self, logits: torch.Tensor, history: torch.Tensor, length: int) -> None:
         logits.masked_fill_(self.forbidden, NEVER)
@@ -35,7 +35,7 @@ class BadWords:
 
     def __init__(self, words: Sequence[Sequence[int]], num_prompt: int, device: torch.device) -> None:
         self.num_prompt = num_prompt
-        self.words = [(torch.tensor(word[:-1], dtype=torch.int32).to(device), word[-1]) for word in words]
+        self.words = [(to_device(word[:-1], torch.int32, device), word[-1]) for word in words]
 
     def apply(self, logits: torch.Tensor, history: torch.Tensor, length: int) -> None:
         for before, last in self.words:
@@ -50,7 +50,7 @@ class MinTokens:
 
     def __init__(self, stop_ids: Sequence[int], until: int, device: torch.device) -> None:
         self.until = until
-        self.stop_ids = torch.tensor(stop_ids, dtype=torch.int64).to(device)
+        self.stop_ids = to_device(stop_ids, torch.int64, device)
 
     def apply(self, logits: torch.Tensor, history: torch.Tensor, length: int) -> None:
         if length < self.until:
@@ -59,8 +59,8 @@ class MinTokens:
 
 class LogitBias:
     def __init__(self, bias: dict[int, float], device: torch.device) -> None:
-        self.tokens = torch.tensor(list(bias), dtype=torch.int64).to(device)
-        self.values = torch.tensor(list(bias.values()), dtype=torch.float32).to(device)
+        self.tokens = to_device(list(bias), torch.int64, device)
+        self.values = to_device(list(bias.values()), torch.float32, device)
 
     def apply(self, logits: torch.Tensor, history: torch.Tensor, length: int) -> None:
         logits.index_add_(0, self.tokens, self.values.to(logits.dtype))

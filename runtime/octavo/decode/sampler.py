@@ -14,6 +14,7 @@ from octavo_kernels import gumbel_sample, top_k_top_p_min_p
 
 from octavo.decode.row import RowSampling
 from octavo.execute.table import FLOATS, RowTable
+from octavo.execute.transfer import to_device
 
 
 @dataclass(slots=True)
@@ -140,4 +141,4 @@ class Sampler:
 def _pick(values: torch.Tensor, rows: list[int]) -> torch.Tensor:
     if len(rows) == len(values):
         return values
-    return values[torch.tensor(rows, device=values.device)]
+    return values.index_select(0, to_device(rows, torch.int64, values.device))

@@ -15,6 +15,7 @@ from octavo.attention.cpu import KV_PAD
 from octavo.decode.row import RowSampling
 from octavo.engine.plan import StepPlan
 from octavo.execute.context import KVCache, StepInputs
+from octavo.execute.transfer import to_device
 
 FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
@@ -35,10 +36,7 @@ class RowTable:
 
     def send(self, values: Sequence[int] | Sequence[float], dtype: torch.dtype) -> torch.Tensor:
         """A small host list as a device tensor, without waiting for the device."""
-        tensor = torch.tensor(values, dtype=dtype)
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor
+        return to_device(values, dtype, self.device)
 
     def apply(self, plan: StepPlan, kv: KVCache) -> None:
         """Take over a plan's changes: copied blocks, new rows, new blocks."""
