@@ -152,7 +152,7 @@ def _search_mass(
 
 @triton.jit
 def _gather(row, vocab, floor, kept, TILE: tl.constexpr, KEEP: tl.constexpr):
-    """Write the values of a row which are not below `floor`, at most KEEP of them, to `kept`; the rest of it is -inf."""
+    """Write the values of a row which are not below `floor`, at most KEEP of them, to `kept`, and fill it with -inf."""
     tl.debug_barrier()
     count = 0
     for start in range(0, vocab, TILE):

@@ -36,9 +36,10 @@ def rope_and_cache_kernel(
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * TILE_HEADS + tl.arange(0, TILE_HEADS))[:, None]
     slot = tl.load(slots + token)
+    cached = slot + head * 0 >= 0  # as a column: the interpreter's masks are not made from scalars
     is_q = head < HEADS
-    is_k = (head >= HEADS) & (head < HEADS + KV_HEADS) & (slot >= 0)
-    is_v = (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS) & (slot >= 0)
+    is_k = (head >= HEADS) & (head < HEADS + KV_HEADS) & cached
+    is_v = (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS) & cached
     live = head < HEADS + 2 * KV_HEADS
 
     base = qkv + token * qkv_stride + head * HEAD_SIZE
