@@ -127,7 +127,7 @@ OPERATION = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     blocks=st.integers(3, 14), rows=st.integers(1, 6), budget=st.integers(1, 40), depth=st.integers(0, 2),
     caching=st.booleans(), trace=st.lists(OPERATION, min_size=1, max_size=25),
