@@ -18,8 +18,7 @@ pytestmark = [
 ]
 
 GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, prompt_logprobs=1, logprobs=1)
-TOPICS = ["the sea", "a lost key", "prime numbers", "winter in Oslo", "bread", "the year 1848", "tides", "a robot's
-dog"]
+TOPICS = ["the sea", "a lost key", "prime numbers", "winter in Oslo", "bread", "the year 1848", "tides", "robots"]
 
 
 def check_against(peer: Any, llm: LLM, prompts: list[list[int]]) -> None:
