@@ -2,14 +2,16 @@
 
     python benchmarks/cpu.py [--model M] [--requests 64] [--rounds 2] [--out results.json]
 
-Workload: all requests at once, prompts of 16..256 random tokens, outputs of 16..128, greedy, end-of-sequence ignored, so that both
-sides make exactly the same number of tokens. transformers runs its best static batching: the best of several batch sizes, in
-bfloat16 and float32, requests in order of prompt length (so that padding is small); a batch runs until its longest output is
-done, and only the tokens asked for are counted. Each side runs in a process of its own, one after the other, `rounds` times;
-the medians are compared. Start-up is measured separately: from process start to the first token, from the cache.
+Workload: all requests at once, prompts of 16..256 random tokens, outputs of 16..128, greedy, end-of-sequence ignored,
+so that both sides make exactly the same number of tokens. transformers runs its best static batching: the best of
+several batch sizes, in bfloat16 and float32, requests in order of prompt length (so that padding is small); a batch
+runs until its longest output is done, and only the tokens asked for are counted. Each side runs in a process of its
+own, one after the other, `rounds` times; the medians are compared. Start-up is measured separately: from process start
+to the first token, from the cache.
 
-The physical limit beside the figure: a step reads every weight once and multiplies `rows` tokens with it, so tokens/s cannot
-exceed rows / max(bytes / bandwidth, operations / rate), with bandwidth and rate measured here by a copy and a product.
+The physical limit beside the figure: a step reads every weight once and multiplies `rows` tokens with it, so tokens/s
+cannot exceed rows / max(bytes / bandwidth, operations / rate), with bandwidth and rate measured here by a copy and a
+product.
 """
 
 from __future__ import annotations
@@ -77,7 +79,8 @@ def run_transformers(model: str, requests: int, dtype: str, batch: int) -> dict[
         mask = torch.tensor([[0] * (longest - len(i)) + [1] * len(i) for i, _ in items])
         with torch.inference_mode():
             peer.generate(
-                input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=most, min_new_tokens=most, pad_token_id=0
+                input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=most, min_new_tokens=most,
+                pad_token_id=0
             )
         return sum(count for _, count in items)
 
@@ -170,12 +173,11 @@ def main() -> None:
     for run in tried:
         print(f"transformers {run['dtype']:>9} batch {run['batch']:>3}   {run['rate']:8.1f} tokens/s")
     print(f"transformers best, median          {peer_rate:8.1f} tokens/s")
-    print(f"octavo {octavo[0]['dtype']:>15}, median    {rate:8.1f} tokens/s   limit {limits['batched_64']:8.0f} at 64 rows")
-    single = statistics.median(run["single"] for run in octavo)
-    print(f"octavo one request                 {single:8.1f} tokens/s   limit {limits['single']:8.0f}")
-    print(f"octavo start to first token        {statistics.median(run['ready'] for run in octavo):8.2f} s")
-    print(f"ratio octavo / transformers        {rate / peer_rate:8.2f}")
-    print(f"(copy {limits['bandwidth'] / 1e9:.1f} GB/s, product {limits['rate'] / 1e9:.0f} GFLOP/s)")
+    print(f"octavo {octavo[0]['dtype']:>15}, median    {rate:8.1f} tokens/s   limit {limits['batched_64']:8.0f} at 64
+    rows") single = statistics.median(run["single"] for run in octavo) print(f"octavo one request
+    {single:8.1f} tokens/s   limit {limits['single']:8.0f}") print(f"octavo start to first token
+    {statistics.median(run['ready'] for run in octavo):8.2f} s") print(f"ratio octavo / transformers        {rate /
+    peer_rate:8.2f}") print(f"(copy {limits['bandwidth'] / 1e9:.1f} GB/s, product {limits['rate'] / 1e9:.0f} GFLOP/s)")
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         report = {"octavo": octavo, "transformers": tried, "limits": limits, "ratio": rate / peer_rate}

@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-# Products of tiny models take microseconds; on a busy machine each would wait for a second thread to be scheduled, fifty
-# times as long. Set before torch is imported; a test that needs threads sets them itself.
+# Products of tiny models take microseconds; on a busy machine each would wait for a second thread to be scheduled,
+# fifty times as long. Set before torch is imported; a test that needs threads sets them itself.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest

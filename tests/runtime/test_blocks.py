@@ -1,4 +1,5 @@
-"""The block pool: after any sequence of operations every block is in exactly one place, and a hit has the right tokens."""
+"""The block pool: after any sequence of operations every block is in exactly one place, and a hit has the right
+tokens."""
 
 from __future__ import annotations
 

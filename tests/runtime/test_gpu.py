@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, make_model
-
 from octavo import LLM, SamplingParams
+from tiny_models import FAMILIES, make_model
 
 pytestmark = [
     pytest.mark.gpu,
