@@ -151,29 +151,31 @@ def _search_mass(
 
 
 @triton.jit
-def _gather(row, vocab, floor, kept, TILE: tl.constexpr, KEEP: tl.constexpr):
-    """Write the values of a row which are not below `floor`, at most KEEP of them, to `kept`, and fill it with -inf."""
+def _gather(row, vocab, floor, kept, used, TILE: tl.constexpr, KEEP: tl.constexpr):
+    """Write the values of a row which are not below `floor`, at most KEEP of them, to `kept`, and fill it with -inf.
+
+    They come in any order, by a counter at `used`: what follows only counts and adds them, exactly.
+    """
+    tl.store(kept + tl.arange(0, KEEP), float("-inf"))
+    tl.store(used, 0)
     tl.debug_barrier()
-    count = 0
     for start in range(0, vocab, TILE):
         column = start + tl.arange(0, TILE)
         x = tl.load(row + column, mask=column < vocab, other=float("-inf"))
-        wanted = (x >= floor).to(tl.int32)
-        place = count + tl.cumsum(wanted, axis=0) - 1
-        tl.store(kept + place, x, mask=wanted > 0)
-        count += tl.sum(wanted, axis=0)
-    place = tl.arange(0, KEEP)
-    tl.store(kept + place, float("-inf"), mask=place >= count)
+        wanted = x >= floor
+        place = tl.atomic_add(used + tl.zeros([TILE], tl.int32), 1, mask=wanted, sem="relaxed", scope="cta")
+        tl.store(kept + place, x, mask=wanted)
     tl.debug_barrier()  # what one thread has written, others are about to read
 
 
 @triton.jit
 def filter_kernel(
-    logits, temperature, top_k, top_p, min_p, scratch, vocab, stride, TILE: tl.constexpr, KEEP: tl.constexpr
+    logits, temperature, top_k, top_p, min_p, scratch, counters, vocab, stride, TILE: tl.constexpr, KEEP: tl.constexpr
 ):
     index = tl.program_id(0).to(tl.int64)
     row = logits + index * stride
     kept = scratch + index * KEEP
+    used = counters + index
     heat = tl.load(temperature + index)
     k = tl.load(top_k + index)
     p = tl.load(top_p + index)
@@ -192,7 +194,7 @@ def filter_kernel(
             row, vocab, _to_key(lowest), _to_key(top) + 1, finite, k, lowest, KEEP, TILE
         )  # fmt: skip
         if (count <= KEEP) & ((p < 1) | (count > k)):
-            _gather(row, vocab, _to_value(low), kept, TILE, KEEP)
+            _gather(row, vocab, _to_value(low), kept, used, TILE, KEEP)
             gathered = finite > 0
             low, high, count = _search_count(kept, KEEP, low, high, count, k, lowest, 0, KEEP)
         threshold = tl.maximum(threshold, _to_value(low))
@@ -217,7 +219,7 @@ def filter_kernel(
                 row, vocab, low, high, count_low, count_high, mass_low, mass_high, needed, top, rate, lowest, KEEP, TILE
             )  # fmt: skip
             if count_low <= KEEP:
-                _gather(row, vocab, _to_value(low), kept, TILE, KEEP)
+                _gather(row, vocab, _to_value(low), kept, used, TILE, KEEP)
         # where more than KEEP are left although the search is over, they are of one value and this one has no step
         low, high, count_low, count_high, mass_low, mass_high = _search_mass(
             kept, KEEP, low, high, count_low, count_high, mass_low, mass_high, needed, top, rate, lowest, 0, KEEP
@@ -253,7 +255,8 @@ def top_k_top_p_min_p_triton(
     if batch:
         keep = min(tiles.FILTER_KEEP, triton.next_power_of_2(vocab))
         scratch = torch.empty(batch, keep, dtype=torch.float32, device=logits.device)
+        counters = torch.empty(batch, dtype=torch.int32, device=logits.device)
         filter_kernel[(batch,)](
-            logits, temperature, top_k, top_p, min_p, scratch, vocab, logits.stride(0),
+            logits, temperature, top_k, top_p, min_p, scratch, counters, vocab, logits.stride(0),
             TILE=min(tiles.FILTER_TILE, triton.next_power_of_2(vocab)), KEEP=keep, num_warps=tiles.FILTER_WARPS,
         )  # fmt: skip

@@ -55,12 +55,12 @@ _ATTENTION: dict[tuple[int, bool], dict[int, AttentionTiles]] = {
     },
     (90, True): {
         64: AttentionTiles(16, 128, 4, 3),
-        128: AttentionTiles(16, 64, 4, 3),
+        128: AttentionTiles(16, 64, 4, 2),
         256: AttentionTiles(16, 64, 4, 2),
     },
     (90, False): {
         64: AttentionTiles(128, 64, 4, 3),
-        128: AttentionTiles(128, 64, 8, 3),
+        128: AttentionTiles(64, 64, 4, 2),
         256: AttentionTiles(64, 64, 4, 2),
     },
     (0, True): {
