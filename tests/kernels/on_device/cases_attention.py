@@ -147,7 +147,7 @@ def test_strided_queries_and_caches(device) -> None:
     """q as a slice of a QKV projection, K and V as the halves of one allocation."""
     batch = make(device, MIXED)
     tokens, heads, size = batch.q.shape
-    wide = torch.full((tokens, heads + 4, size), NAN, device=device)
+    wide = torch.full((tokens, heads + 4, size), NAN, device=device, dtype=batch.q.dtype)
     wide[:, :heads] = batch.q
     both = torch.stack([batch.k, batch.v], dim=1)
     expected = batch.run(paged_attention_triton)
