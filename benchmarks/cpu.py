@@ -173,11 +173,13 @@ def main() -> None:
     for run in tried:
         print(f"transformers {run['dtype']:>9} batch {run['batch']:>3}   {run['rate']:8.1f} tokens/s")
     print(f"transformers best, median          {peer_rate:8.1f} tokens/s")
-    print(f"octavo {octavo[0]['dtype']:>15}, median    {rate:8.1f} tokens/s   limit {limits['batched_64']:8.0f} at 64
-    rows") single = statistics.median(run["single"] for run in octavo) print(f"octavo one request
-    {single:8.1f} tokens/s   limit {limits['single']:8.0f}") print(f"octavo start to first token
-    {statistics.median(run['ready'] for run in octavo):8.2f} s") print(f"ratio octavo / transformers        {rate /
-    peer_rate:8.2f}") print(f"(copy {limits['bandwidth'] / 1e9:.1f} GB/s, product {limits['rate'] / 1e9:.0f} GFLOP/s)")
+    print(f"octavo {octavo[0]['dtype']:>15}, median    {rate:8.1f} tokens/s", end="   ")
+    print(f"limit {limits['batched_64']:8.0f} at 64 rows")
+    single = statistics.median(run["single"] for run in octavo)
+    print(f"octavo one request                 {single:8.1f} tokens/s   limit {limits['single']:8.0f}")
+    print(f"octavo start to first token        {statistics.median(run['ready'] for run in octavo):8.2f} s")
+    print(f"ratio octavo / transformers        {rate / peer_rate:8.2f}")
+    print(f"(copy {limits['bandwidth'] / 1e9:.1f} GB/s, product {limits['rate'] / 1e9:.0f} GFLOP/s)")
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         report = {"octavo": octavo, "transformers": tried, "limits": limits, "ratio": rate / peer_rate}
