@@ -1,5 +1,5 @@
 """Progress on the terminal, by rich: for downloads, loading and batches. Nothing is shown where stderr is no
-terminal."""
+terminal. Called by `LLM.generate` and by the command line."""
 
 from __future__ import annotations
 
@@ -36,23 +36,37 @@ def batch_progress(requests: int) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def loading_progress() -> Iterator[Progress | None]:
-    """Bars for what happens while a model starts: one for each label. None where stderr is no terminal."""
+    """Bars for what happens while a model starts: one for each label. None where stderr is no terminal.
+
+    "loading" counts tensors; every other label is a download and counts bytes. Until the first of them something moves
+    too, because importing torch takes its time.
+    """
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, TaskID, TextColumn
+    from rich.filesize import decimal
+    from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    with Bar(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-        console=Console(stderr=True), transient=True,
-    ) as bar:  # fmt: skip
-        tasks: dict[str, TaskID] = {}
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"), TimeElapsedColumn()
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, TaskID] = {"": bar.add_task("starting", total=None, amount="")}
+        begun: dict[str, float] = {}
 
         def progress(label: str, done: int, total: int | None) -> None:
+            now = time.monotonic()
             if label not in tasks:
-                tasks[label] = bar.add_task(label, total=total)
-            bar.update(tasks[label], completed=done, total=total)
+                if "" in tasks:
+                    bar.remove_task(tasks.pop(""))
+                tasks[label] = bar.add_task(label.replace("[", r"\["), total=total, amount="")
+                begun[label] = now
+            if label == "loading":
+                amount = f"{100 * done / total:.0f}%" if total else ""
+            else:
+                speed = done / max(now - begun[label], 1e-3)
+                of = f" of {decimal(total)}" if total else ""
+                amount = f"{decimal(done)}{of}, {decimal(int(speed))}/s"
+            bar.update(tasks[label], completed=done, total=total, amount=amount)
 
         yield progress

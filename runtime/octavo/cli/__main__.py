@@ -1,0 +1,7 @@
+"""`python -m octavo.cli` is `octavo`."""
+
+from __future__ import annotations
+
+from octavo.cli.app import main
+
+main()
