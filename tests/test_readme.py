@@ -1,4 +1,4 @@
-"""Every Python snippet of the README runs, in order, in one process; every `octavo` line of its consoles is a real command."""
+"""The README is true: its Python snippets run, in order, in one process; its `octavo` lines are real commands."""
 
 from __future__ import annotations
 

@@ -69,7 +69,8 @@ class _Done:
 
 class SimDevice:
     """A `StepRunner`. `stale_matters`: like the CPU's attention, which runs without overlap, it reads whole blocks, so
-    a NaN behind a sequence's end would survive the mask; a GPU's kernel does not read there. `fail_launch` and `fail_wait` make the next step fail at that point, after it wrote garbage."""
+    a NaN behind a sequence's end would survive the mask; a GPU's kernel does not read there.
+    `fail_launch` and `fail_wait` make the next step fail at that point, after it wrote garbage."""
 
     def __init__(self, scheduler: Scheduler, *, stale_matters: bool) -> None:
         self.scheduler, self.stale_matters = scheduler, stale_matters

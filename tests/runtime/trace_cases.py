@@ -95,7 +95,8 @@ class Bench:
             }  # fmt: skip
             params |= rng.choice([
                 {}, {}, {"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.05}, {"repetition_penalty": 1.3},
-                {"frequency_penalty": 0.7, "presence_penalty": 0.2}, {"min_tokens": 1}, {"logit_bias": {5: 4.0, 1: 2.0}},
+                {"frequency_penalty": 0.7, "presence_penalty": 0.2}, {"min_tokens": 1},
+                {"logit_bias": {5: 4.0, 1: 2.0}},
                 {"bad_words": ["the", "e"]}, {"best_of": n + 1, "logprobs": None},
             ])  # fmt: skip
             cases.append(Case(prompt, SamplingParams(**params), rng.choice(["", "", "", "tenant"])))
@@ -144,7 +145,8 @@ class Bench:
 
 
 class _Run:
-    """A trace under way: arrivals and aborts at random steps, aborts of stop strings one step late as in the service."""
+    """A trace under way: arrivals and aborts at random steps, aborts of stop strings one step late as in the
+    service."""
 
     def __init__(self, bench: Bench, core: EngineCore, cases: list[Case], rng: random.Random) -> None:
         self.bench, self.core, self.cases, self.rng = bench, core, cases, rng

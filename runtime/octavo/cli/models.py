@@ -138,7 +138,8 @@ def _facts(model: str, revision: str | None) -> dict[str, Any]:
     try:
         files = resolve(model, revision=revision)
     except DownloadError as error:
-        raise ModelNotFoundError(f"{model!r} is not on this machine: `octavo models pull {model}` fetches it") from error
+        message = f"{model!r} is not on this machine: `octavo models pull {model}` fetches it"
+        raise ModelNotFoundError(message) from error
     config = load_config(files)
     from octavo.execute.build import weight_count
     from octavo.models.registry import NATIVE
