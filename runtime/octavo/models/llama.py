@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from octavo_kernels import fused_add_rms_norm, rope_and_cache, silu_and_mul
 
 from octavo.execute.context import ForwardContext
-from octavo.layers.linear import Linear
+from octavo.layers.linear import Linear, Product, product_with
 from octavo.layers.rope import cos_sin_table
 from octavo.models.config import ModelConfig
 
@@ -55,6 +55,10 @@ class LlamaLayer:
         normed, residual = fused_add_rms_norm(x, residual, self.mlp_norm, self.eps)
         return self.down(silu_and_mul(self.gate_up(normed))), residual
 
+    def finish(self) -> None:
+        for linear in (self.qkv, self.out, self.gate_up, self.down):
+            linear.finish()
+
     def targets(self) -> dict[str, torch.Tensor]:
         prefix = f"model.layers.{self.index}."
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
@@ -81,6 +85,7 @@ class LlamaFamily:
         self.final_norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
         self.head = self.embedding if config.tie_word_embeddings else torch.empty_like(self.embedding)
         self.cos_sin = cos_sin_table(config, max_len, device)
+        self._head_product: Product = lambda hidden: F.linear(hidden, self.head)
 
     def forward(self, context: ForwardContext) -> torch.Tensor:
         x, residual = F.embedding(context.inputs.input_ids, self.embedding), None
@@ -90,7 +95,15 @@ class LlamaFamily:
         return normed
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden, self.head)
+        return self._head_product(hidden)
+
+    def finish(self) -> None:
+        """The weights are in place: pack them where that is faster."""
+        for layer in self.layers:
+            layer.finish()
+        self._head_product, packed = product_with(self.head, None)
+        if packed and self.head is not self.embedding:
+            self.head = self.head.new_empty(0)
 
     def targets(self) -> dict[str, torch.Tensor]:
         """Checkpoint name -> where its tensor goes."""

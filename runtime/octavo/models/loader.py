@@ -36,7 +36,10 @@ def load_model(
             for _ in pool.map(lambda item: reader.copy_into(*item), order):
                 done += 1
                 if progress is not None:
-                    progress("loading", done, len(targets))
+                    progress("loading", done, len(order))
+        targets.clear()
+        order.clear()  # or the unpacked weights would live as long as this list
+        model.finish()
     return model
 
 
