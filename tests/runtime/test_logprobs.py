@@ -35,7 +35,8 @@ def expected(model: Any, ids: list[int]) -> torch.Tensor:
 
 def check(found: TokenLogprobs, row: torch.Tensor, token: int, count: int) -> None:
     """One position: the `count` best tokens, best first, and the chosen one, with value and rank. Among a hundred
-    tokens some are equal to the last bit or so: their order is free, so a rank is right if the token there has this value."""
+    tokens some are equal to the last bit or so: their order is free, so a rank is right if the token there has this
+    value."""
     best = row.sort(descending=True).values.tolist()
     assert list(found)[count:] in ([], [token])
     assert token in found
