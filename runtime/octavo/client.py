@@ -97,6 +97,8 @@ class Client:
                 raise RequestError("cache_salt must be a string", "cache_salt")
             if "prompt_token_ids" in prompt:
                 prompt = prompt["prompt_token_ids"]
+                if isinstance(prompt, str):
+                    raise RequestError("prompt_token_ids must be token ids, not text", "prompt_token_ids")
             elif "prompt" in prompt:
                 prompt = prompt["prompt"]
             else:

@@ -8,13 +8,13 @@ ignored.
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass, fields
 from typing import Any
 
 from octavo.errors import ConfigError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
-DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
 
 
@@ -64,8 +64,11 @@ class EngineConfig:
             raise ConfigError("model must be a folder, a GGUF file or a model id, e.g. 'Qwen/Qwen3-0.6B'", "model")
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("dtype", self.dtype, DTYPES)
-        if not isinstance(self.device, str) or self.device.split(":")[0] not in DEVICES:
-            raise ConfigError(f"device must be one of {', '.join(DEVICES)} or cuda:N, not {self.device!r}", "device")
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", self.device):
+            raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {self.device!r}", "device")
+        for name in ("revision", "token"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ConfigError(f"{name} must be a string, not {type(getattr(self, name)).__name__}", name)
         for name in (
             "max_model_len",
             "block_size",
@@ -129,6 +132,8 @@ def engine_config_from(model: str, arguments: dict[str, Any]) -> EngineConfig:
     settings: dict[str, Any] = {}
     for name, value in arguments.items():
         name = _ALIASES.get(name, name)
+        if name in settings:
+            raise ConfigError(f"{name} is given twice, under two names", name)
         if name in known:
             settings[name] = value
         elif name in _NOT_YET:

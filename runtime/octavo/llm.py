@@ -249,4 +249,7 @@ def conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> 
         raise RequestError('messages must be a list of {"role": ..., "content": ...}', "messages")
     if isinstance(messages[0], Mapping):
         return [messages]  # type: ignore[list-item]
+    for number, conversation in enumerate(messages):
+        if not isinstance(conversation, Sequence):
+            raise RequestError(f"conversation {number} is a {type(conversation).__name__}, not a list", "messages")
     return list(messages)  # type: ignore[arg-type]

@@ -4,13 +4,19 @@ name."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import TypeVar
 
 from octavo.errors import RequestError
 
+T = TypeVar("T")
+
 MAX_LOGPROBS = 100
 MAX_CHOICES = 128
+MAX_INT32 = 2**31 - 1
+GREEDY_BELOW = 1e-5
+"""A temperature below this is 0: in float32 the logits over it would overflow, and nobody could tell it from greedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +30,7 @@ class SamplingParams:
     """
 
     temperature: float = 1.0
-    """0 takes the most likely token (greedy)."""
+    """0 takes the most likely token (greedy); so does anything below 1e-5. At most 1e6, which is uniform."""
     top_p: float = 1.0
     """Keep the smallest set of tokens whose probability reaches this, (0, 1]."""
     top_k: int = 0
@@ -51,7 +57,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Subtracted once for each time the token stands in the output so far, [-2, 2]."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens of prompt and output (arXiv 1909.05858), > 0."""
+    """Divides positive and multiplies negative logits of tokens of prompt and output (arXiv 1909.05858),
+    [1e-4, 1e4]."""
     logit_bias: Mapping[int, float] | None = None
     """Added to the logits, by token id."""
     bad_words: Sequence[str] | None = None
@@ -71,13 +78,15 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
-        _number("temperature", self.temperature, 0.0, math.inf)
+        _number("temperature", self.temperature, 0.0, 1e6)
         _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _number("min_p", self.min_p, 0.0, 1.0)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
-        _integer("top_k", self.top_k, -1)
+        _number("repetition_penalty", self.repetition_penalty, 1e-4, 1e4)
+        _integer("top_k", self.top_k, -1, MAX_INT32)
+        if self.temperature < GREEDY_BELOW:
+            set_(self, "temperature", 0.0)
         _integer("n", self.n, 1, MAX_CHOICES)
         _integer("min_tokens", self.min_tokens, 0)
         if self.best_of is not None:
@@ -125,8 +134,8 @@ def _number(name: str, value: object, low: float, high: float, *, open_low: bool
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise RequestError(f"{name} must be a finite number, not {value!r}", name)
     if value < low or value > high or (open_low and value == low):
-        top = "" if math.isinf(high) else f" and at most {high:g}"
-        raise RequestError(f"{name} must be {'above' if open_low else 'at least'} {low:g}{top}, not {value!r}", name)
+        low_word = "above" if open_low else "at least"
+        raise RequestError(f"{name} must be {low_word} {low:g} and at most {high:g}, not {value!r}", name)
 
 
 def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
@@ -140,7 +149,7 @@ def _integer(name: str, value: object, low: int, high: int | None = None) -> Non
 def _strings(name: str, value: str | Sequence[str] | None) -> tuple[str, ...]:
     if value is None:
         return ()
-    texts = (value,) if isinstance(value, str) else tuple(value)
+    texts = (value,) if isinstance(value, str) else _items(name, value)
     if not all(isinstance(text, str) and text for text in texts):
         raise RequestError(f"{name} must be strings that are not empty", name)
     return texts
@@ -149,6 +158,13 @@ def _strings(name: str, value: str | Sequence[str] | None) -> tuple[str, ...]:
 def _token_ids(name: str, value: Sequence[int] | None) -> tuple[int, ...] | None:
     if value is None:
         return None
-    for token in value:
+    tokens = _items(name, value)
+    for token in tokens:
         _integer(name, token, 0)
+    return tokens
+
+
+def _items(name: str, value: Sequence[T] | Set[T]) -> tuple[T, ...]:
+    if not isinstance(value, Sequence | Set):
+        raise RequestError(f"{name} must be a list, not {type(value).__name__}", name)
     return tuple(value)
