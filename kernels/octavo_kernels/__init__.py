@@ -13,16 +13,18 @@ from octavo_kernels.attention import paged_attention, paged_attention_reference
 from octavo_kernels.filter import top_k_top_p_min_p, top_k_top_p_min_p_reference
 from octavo_kernels.gumbel import gumbel_sample, gumbel_sample_reference
 from octavo_kernels.norm import fused_add_rms_norm, fused_add_rms_norm_reference
-from octavo_kernels.rope import rope_and_cache, rope_and_cache_reference
+from octavo_kernels.rope import RopeStep, prepare_rope, rope_and_cache, rope_and_cache_reference
 from octavo_kernels.steps import step_inputs, step_inputs_reference
 
 __all__ = [
+    "RopeStep",
     "fused_add_rms_norm",
     "fused_add_rms_norm_reference",
     "gumbel_sample",
     "gumbel_sample_reference",
     "paged_attention",
     "paged_attention_reference",
+    "prepare_rope",
     "rope_and_cache",
     "rope_and_cache_reference",
     "silu_and_mul",

@@ -5,10 +5,51 @@ Called once in each decoder layer, between the QKV projection and the attention.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from octavo_kernels import _checks as check
 from octavo_kernels._dispatch import use_triton
+
+
+@dataclass(slots=True)
+class RopeStep:
+    """What the twin looks up from positions and slots: the same for all layers of a step, so done once."""
+
+    cos: torch.Tensor
+    """`[T, 1, D]` fp32 factors of the dimensions themselves; 1 where they pass through."""
+    sin: torch.Tensor
+    """`[T, 1, rot_dim / 2]` fp32."""
+    written: torch.Tensor | None
+    """Indices of the tokens that have a slot; None: all have one."""
+    rows: torch.Tensor
+    """`[written tokens * KH]` rows of the cache seen as `[num_blocks * KH * block_size, D]`."""
+
+
+def prepare_rope(
+    cos_sin: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, k_cache: torch.Tensor
+) -> RopeStep | None:
+    """Look up once what every layer of a step needs from the arguments of `rope_and_cache` with these names.
+
+    Returns:
+        A `RopeStep` where the twin will run, None where the kernel does (it reads them as it goes).
+    """
+    return None if use_triton(positions) else _lookup(cos_sin, positions, slots, k_cache)
+
+
+def _lookup(cos_sin: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, k_cache: torch.Tensor) -> RopeStep:
+    kv_heads, block_size, head_size = k_cache.shape[1:]
+    half = cos_sin.shape[1] // 2
+    cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).split(half, dim=-1)
+    passing = cos.new_ones(len(positions), 1, head_size - 2 * half)
+    written = None
+    if bool((slots < 0).any()):
+        written = (slots >= 0).nonzero()[:, 0]
+        slots = slots.index_select(0, written)
+    first = slots // block_size * (kv_heads * block_size) + slots % block_size
+    rows = first[:, None] + torch.arange(0, kv_heads * block_size, block_size, device=slots.device)
+    return RopeStep(torch.cat([cos, cos, passing], dim=-1), sin, written, rows.reshape(-1))
 
 
 def rope_and_cache(
@@ -25,6 +66,7 @@ def rope_and_cache(
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
     out: torch.Tensor | None = None,
+    step: RopeStep | None = None,
 ) -> torch.Tensor:
     """Normalise (optional) and rotate queries and keys, write keys and values to their slots, return the queries.
 
@@ -41,6 +83,7 @@ def rope_and_cache(
         q_norm, k_norm: `[D]` weights of a per-head RMS norm before the rotation (Qwen3), or None.
         eps: of that norm.
         out: `[T, H, D]` to receive the queries.
+        step: from `prepare_rope` with the same arguments, to save the twin its lookups.
 
     Returns:
         `[T, H, D]` in the dtype of `qkv`, contiguous unless `out` is not.
@@ -74,12 +117,15 @@ def rope_and_cache(
     if out is not None:
         check.output("out", out, (tokens, num_heads, head_size), qkv.dtype)
     if use_triton(qkv):
-        from octavo_kernels.rope_triton import rope_and_cache_triton as run
-    else:
-        run = rope_and_cache_reference
-    return run(
+        from octavo_kernels.rope_triton import rope_and_cache_triton
+
+        return rope_and_cache_triton(
+            qkv, cos_sin, positions, slots, k_cache, v_cache, num_heads, num_kv_heads,
+            q_norm=q_norm, k_norm=k_norm, eps=eps, out=out,
+        )  # fmt: skip
+    return rope_and_cache_reference(
         qkv, cos_sin, positions, slots, k_cache, v_cache, num_heads, num_kv_heads,
-        q_norm=q_norm, k_norm=k_norm, eps=eps, out=out,
+        q_norm=q_norm, k_norm=k_norm, eps=eps, out=out, step=step,
     )  # fmt: skip
 
 
@@ -97,29 +143,38 @@ def rope_and_cache_reference(
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
     out: torch.Tensor | None = None,
+    step: RopeStep | None = None,
 ) -> torch.Tensor:
     """The twin of `rope_and_cache`; same arguments, same result."""
-    tokens, head_size, block_size = qkv.shape[0], k_cache.shape[3], k_cache.shape[2]
+    step = step or _lookup(cos_sin, positions, slots, k_cache)
+    tokens, head_size, half = qkv.shape[0], k_cache.shape[3], step.sin.shape[2]
     heads = qkv.view(tokens, num_heads + 2 * num_kv_heads, head_size)
-    # an explicit copy, also of fp32: the rotation below is in place and must not reach the caller's qkv
-    rotated = heads[:, : num_heads + num_kv_heads].to(torch.float32, copy=True)
-    for part, weight in ((rotated[:, :num_heads], q_norm), (rotated[:, num_heads:], k_norm)):
+    values = heads[:, num_heads + num_kv_heads :]
+    # an explicit copy, also of fp32: the norm below is in place and must not reach the caller's qkv
+    plain = heads[:, : num_heads + num_kv_heads].to(torch.float32, copy=True)
+    for part, weight in ((plain[:, :num_heads], q_norm), (plain[:, num_heads:], k_norm)):
         if weight is not None:
             part.mul_(part.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()).mul_(weight)
-    half = cos_sin.shape[1] // 2
-    cos, sin = cos_sin[positions].unsqueeze(1).split(half, dim=-1)
-    first, second = rotated[..., :half], rotated[..., half : 2 * half]
-    turned = (first * cos).addcmul_(second, sin, value=-1)
-    second.mul_(cos).addcmul_(first, sin)
-    first.copy_(turned)
-
-    keys, values = rotated[:, num_heads:], heads[:, num_heads + num_kv_heads :]
-    written = slots >= 0
-    if not bool(written.all()):
-        keys, values, slots = keys[written], values[written], slots[written]
-    block, offset = slots // block_size, slots % block_size
-    k_cache[block, :, offset] = keys.to(k_cache.dtype)
-    v_cache[block, :, offset] = values.to(v_cache.dtype)
+    turned = plain * step.cos
+    turned[..., :half].addcmul_(plain[..., half : 2 * half], step.sin, value=-1)
+    turned[..., half : 2 * half].addcmul_(plain[..., :half], step.sin)
+    _write(k_cache, turned[:, num_heads:], step)
+    _write(v_cache, values, step)
     if out is None:
         out = qkv.new_empty(tokens, num_heads, head_size)
-    return out.copy_(rotated[:, :num_heads])
+    return out.copy_(turned[:, :num_heads])
+
+
+def _write(cache: torch.Tensor, source: torch.Tensor, step: RopeStep) -> None:
+    """`source` `[T, KH, D]` to the slots of its tokens. By rows of a flat cache: 7 us instead of 29 us for an index of
+    block and offset (64 tokens); a cache that cannot be seen flat is written the other way."""
+    if step.written is not None:
+        source = source.index_select(0, step.written)
+    head_size = cache.shape[3]
+    rows = source.to(cache.dtype).reshape(-1, head_size)
+    if cache.is_contiguous():
+        cache.view(-1, head_size).index_copy_(0, step.rows, rows)
+        return
+    kv_heads, block_size = cache.shape[1:3]
+    head = step.rows // block_size
+    cache[head // kv_heads, head % kv_heads, step.rows % block_size] = rows

@@ -72,6 +72,24 @@ def test_rope_turns_pairs_as_complex_numbers(size, rotated) -> None:
         assert torch.equal(untouched, ~written)
 
 
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_rope_with_the_lookups_of_a_step_done_before(contiguous) -> None:
+    torch.manual_seed(0)
+    angle = torch.rand(20, 4) * 6
+    cos_sin = torch.cat([angle.cos(), angle.sin()], dim=1)
+    qkv, positions, slots = torch.randn(4, 7 * 12), torch.tensor([3, 0, 19, 7]), torch.tensor([5, -1, 9, 0])
+    caches = torch.full((2, 2, 3, 2, 4, 12), -7.0)
+    if not contiguous:
+        caches = torch.full((2, 2, 3, 4, 2, 12), -7.0).transpose(3, 4)
+    step = ok.prepare_rope(cos_sin, positions, slots, caches[0, 0])
+    assert step is not None
+    plain = ok.rope_and_cache(qkv, cos_sin, positions, slots, *caches[0], 3, 2)
+    prepared = ok.rope_and_cache(qkv, cos_sin, positions, slots, *caches[1], 3, 2, step=step)
+    assert torch.equal(plain, prepared)
+    assert torch.equal(caches[0], caches[1])
+    assert (caches[0].transpose(2, 3).reshape(2, 12, -1) != -7).all(dim=2).sum() == 6
+
+
 @pytest.mark.parametrize("counts", [[3, 0, 5, 1], [1], [0, 0], []])
 def test_step_inputs_by_a_loop(counts) -> None:
     torch.manual_seed(0)

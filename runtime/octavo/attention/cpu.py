@@ -63,8 +63,8 @@ class Scratch:
 class _Part:
     """Queries that run together: `N` sequences with `M` query tokens each, over `P` padded keys."""
 
-    tokens: torch.Tensor
-    """[N * M] which of the step's tokens."""
+    tokens: torch.Tensor | slice
+    """[N * M] which of the step's tokens: a slice where they are neighbours, which needs no copy of the queries."""
     blocks: torch.Tensor
     """[N, P / block_size] blocks of the keys, the null block where there are none."""
     positions: torch.Tensor
@@ -82,6 +82,17 @@ class _Part:
             bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
             self.biases[window] = bias[:, None, :, None, :]
         return self.biases[window]
+
+    def queries(self, q: torch.Tensor) -> torch.Tensor:
+        """The part's rows `[N * M, H, D]` of `q`."""
+        return q[self.tokens] if isinstance(self.tokens, slice) else q.index_select(0, self.tokens)
+
+    def put(self, out: torch.Tensor, result: torch.Tensor) -> None:
+        """Write `result` `[N, M, KH, G, D]` (any strides) to the part's rows of `out` `[T, H, D]`."""
+        if isinstance(self.tokens, slice):
+            out[self.tokens].view(result.shape).copy_(result)
+        else:
+            out.index_copy_(0, self.tokens, result.reshape(-1, *out.shape[1:]))
 
 
 class _Prepared(PreparedAttention):
@@ -108,12 +119,19 @@ class _Prepared(PreparedAttention):
                 end - begin < GROUP_MIN or inputs.lengths[order[end]] >= GROUP_SHRINK * longest or longest <= KV_PAD
             ):
                 end += 1
-            tokens = torch.tensor(order[begin:end])
-            rows = inputs.rows.index_select(0, tokens)
-            blocks = inputs.block_table[:, : self._key_blocks(longest)].index_select(0, rows)
-            parts.append(_Part(tokens, blocks, inputs.positions.index_select(0, tokens)[:, None], {}))
+            parts.append(self._decode_part(inputs, order[begin:end], longest))
             begin = end
         return parts
+
+    def _decode_part(self, inputs: StepInputs, members: list[int], longest: int) -> _Part:
+        key_blocks = self._key_blocks(longest)
+        if len(members) == inputs.num_decodes:  # all of them: in the order of the step, nothing to pick
+            span = slice(0, inputs.num_decodes)
+            blocks = inputs.block_table[:, :key_blocks].index_select(0, inputs.rows[span])
+            return _Part(span, blocks, inputs.positions[span, None], {})
+        tokens = torch.tensor(members)
+        blocks = inputs.block_table[:, :key_blocks].index_select(0, inputs.rows.index_select(0, tokens))
+        return _Part(tokens, blocks, inputs.positions.index_select(0, tokens)[:, None], {})
 
     def _prefill_parts(self, inputs: StepInputs) -> list[_Part]:
         parts: list[_Part] = []
@@ -123,9 +141,9 @@ class _Prepared(PreparedAttention):
             row = inputs.host_rows[sequence]
             for begin in range(0, count, QUERY_TILE):
                 end = min(begin + QUERY_TILE, count)
-                tokens = torch.arange(first + begin, first + end)
+                tokens = slice(first + begin, first + end)
                 blocks = inputs.block_table[row : row + 1, : self._key_blocks(length - count + end)]
-                parts.append(_Part(tokens, blocks, inputs.positions[first + begin : first + end][None], {}))
+                parts.append(_Part(tokens, blocks, inputs.positions[tokens][None], {}))
             first += count
         return parts
 
@@ -137,35 +155,33 @@ class _Prepared(PreparedAttention):
             index = self._index(number, part, k_cache.shape[1])
             k = self._gather("keys", k_cache, index, part)
             v = self._gather("values", v_cache, index, part)
-            out.index_copy_(0, part.tokens, self._part(q, k, v, part, scale, window))
+            part.put(out, self._part(q, k, v, part, scale, window))
         return out
 
     def _part(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part: _Part, scale: float, window: int
     ) -> torch.Tensor:
-        """Attention of one part: its queries `[N * M, H, D]` out of `q`, over keys and values `[N * KH, P, D]`."""
+        """Attention of one part: its queries out of `q`, over keys and values `[N * KH, P, D]`. `[N, M, KH, G, D]`.
+
+        Scores are rounded to the dtype of `q` before the softmax, which is in float32 inside. Rows of padding are
+        computed like any other, from zeros, and left out of the result.
+        """
         heads, dim = q.shape[1:]
         n, m = part.positions.shape
         kv_heads, keys = k.shape[0] // n, k.shape[1]
         group = heads // kv_heads
-        queries = q.index_select(0, part.tokens).view(n, m, kv_heads, group, dim)
+        queries = part.queries(q).view(n, m, kv_heads, group, dim)
         rows = queries.transpose(1, 2).reshape(n * kv_heads, m * group, dim)
         padding = -rows.shape[1] % self.row_multiple
         if padding:
             rows = F.pad(rows, (0, 0, 0, padding))
         take = self.scratch.take
-        products = torch.bmm(rows, k.transpose(1, 2), out=take("products", (*rows.shape[:2], keys), q.dtype))
-        exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-        shape = (n, kv_heads, m, group, keys)
-        products = products[:, : m * group].view(shape)
-        scores = torch.add(part.bias(window, keys, exact), products, alpha=scale, out=take("scores", shape, exact))
-        weights = take("weights", (n * kv_heads, m * group + padding, keys), q.dtype)
-        used = weights[:, : m * group].view(shape)
-        used.copy_(torch.softmax(scores, dim=-1, out=scores))
-        if padding:
-            weights[:, m * group :].zero_()
+        scores = torch.bmm(rows, k.transpose(1, 2), out=take("scores", (*rows.shape[:2], keys), q.dtype))
+        used = scores[:, : m * group].view(n, kv_heads, m, group, keys)
+        torch.add(part.bias(window, keys, q.dtype), used, alpha=scale, out=used)
+        weights = torch.softmax(scores, dim=-1, out=take("weights", tuple(scores.shape), q.dtype))
         result = self._values(weights, v)[:, : m * group]
-        return result.view(n, kv_heads, m, group, dim).transpose(1, 2).reshape(n * m, heads, dim)
+        return result.view(n, kv_heads, m, group, dim).transpose(1, 2)
 
     def _gather(self, name: str, cache: torch.Tensor, index: torch.Tensor, part: _Part) -> torch.Tensor:
         """The part's blocks of one layer, dense: `[N * KH, P, D]`."""

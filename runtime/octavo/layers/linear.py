@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from octavo_kernels import silu_and_mul
 
 PACKED_ROWS = 64
 """Rows of a typical step, a hint for the layout; 2 and 64 gave the same speed."""
@@ -18,11 +19,16 @@ PACKED_ROWS = 64
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 
+def packs(weight: torch.Tensor) -> bool:
+    """oneDNN's packed layout is the fastest way to multiply with this weight."""
+    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    return on_cpu and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+
+
 def product_with(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Product, bool]:
     """x -> x W^T + b for a weight `[outputs, inputs]` that does not change any more, by the fastest way there is for
     its device and type. True: the weight was copied into another layout, and is not read again."""
-    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    if on_cpu and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if packs(weight):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
         operator = torch.ops.mkldnn._linear_pointwise.default
         return lambda x: operator(x, packed, bias, "none", [], ""), True
@@ -57,3 +63,35 @@ class Linear:
             parts = torch.split(self.bias, list(self.parts))
             found |= {f"{name}.bias": part for name, part in zip(names, parts, strict=True)}
         return found
+
+
+class GatedLinear(Linear):
+    """y = silu(x G^T + b) * (x U^T + c): the first half of a gated MLP, `parts` = (outputs, outputs) of G and U.
+
+    Where weights are packed, the silu and the product are done in the epilogues of the two matrix products: 512 rows
+    of 576 x (1536 + 1536) lose the 0.4 ms that the elementwise operators took beside 4.1 ms of products, and the two
+    projections are not rounded in between.
+    """
+
+    def __init__(
+        self, inputs: int, parts: tuple[int, int], *, bias: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(inputs, parts, bias=bias, dtype=dtype, device=device)
+        self._product = lambda x: silu_and_mul(F.linear(x, self.weight, self.bias))
+
+    def finish(self) -> None:
+        if not packs(self.weight):
+            return
+        parts = list(self.parts)
+        gate, up = (torch.ops.mkldnn._reorder_linear_weight(p, PACKED_ROWS) for p in torch.split(self.weight, parts))
+        gate_bias, up_bias = (None, None) if self.bias is None else torch.split(self.bias, parts)
+        activated = torch.ops.mkldnn._linear_pointwise.default
+        multiplied = torch.ops.mkldnn._linear_pointwise.binary
+
+        def product(x: torch.Tensor) -> torch.Tensor:
+            factor = activated(x, gate, gate_bias, "swish", [], "")
+            result: torch.Tensor = multiplied(x, factor, up, up_bias, "mul")
+            return result
+
+        self._product = product
+        self.weight = self.weight.new_empty(0)

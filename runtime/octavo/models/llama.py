@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from octavo_kernels import fused_add_rms_norm, rope_and_cache, silu_and_mul
+from octavo_kernels import RopeStep, fused_add_rms_norm, prepare_rope, rope_and_cache
 
 from octavo.execute.context import ForwardContext
-from octavo.layers.linear import Linear, Product, product_with
+from octavo.layers.linear import GatedLinear, Linear, Product, product_with
 from octavo.layers.rope import cos_sin_table
 from octavo.models.config import ModelConfig
 
@@ -35,25 +35,26 @@ class LlamaLayer:
 
         self.qkv = linear(hidden, q, kv, kv, bias=config.qkv_bias)
         self.out = linear(q, hidden, bias=config.o_bias)
-        self.gate_up = linear(hidden, inner, inner, bias=config.mlp_bias)
+        self.gate_up = GatedLinear(hidden, (inner, inner), bias=config.mlp_bias, dtype=dtype, device=device)
         self.down = linear(inner, hidden, bias=config.mlp_bias)
         self.attention_norm, self.mlp_norm = norm(hidden), norm(hidden)
         self.q_norm = norm(self.head_dim) if config.qk_norm else None
         self.k_norm = norm(self.head_dim) if config.qk_norm else None
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None, cos_sin: torch.Tensor, context: ForwardContext
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, x: torch.Tensor, residual: torch.Tensor | None, cos_sin: torch.Tensor, rope: RopeStep | None,
+        context: ForwardContext,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         inputs, k_cache, v_cache = context.inputs, context.kv.keys[self.index], context.kv.values[self.index]
         normed, residual = fused_add_rms_norm(x, residual, self.attention_norm, self.eps)
         q = rope_and_cache(
             self.qkv(normed), cos_sin, inputs.positions, inputs.slots, k_cache, v_cache, self.heads, self.kv_heads,
-            q_norm=self.q_norm, k_norm=self.k_norm, eps=self.eps,
+            q_norm=self.q_norm, k_norm=self.k_norm, eps=self.eps, step=rope,
         )  # fmt: skip
         attended = context.attention.attend(q, k_cache, v_cache, scale=self.scale, window=self.window)
         x = self.out(attended.flatten(1))
         normed, residual = fused_add_rms_norm(x, residual, self.mlp_norm, self.eps)
-        return self.down(silu_and_mul(self.gate_up(normed))), residual
+        return self.down(self.gate_up(normed)), residual
 
     def finish(self) -> None:
         for linear in (self.qkv, self.out, self.gate_up, self.down):
@@ -88,9 +89,11 @@ class LlamaFamily:
         self._head_product: Product = lambda hidden: F.linear(hidden, self.head)
 
     def forward(self, context: ForwardContext) -> torch.Tensor:
-        x, residual = F.embedding(context.inputs.input_ids, self.embedding), None
+        inputs = context.inputs
+        x, residual = F.embedding(inputs.input_ids, self.embedding), None
+        rope = prepare_rope(self.cos_sin, inputs.positions, inputs.slots, context.kv.keys[0])
         for layer in self.layers:
-            x, residual = layer.forward(x, residual, self.cos_sin, context)
+            x, residual = layer.forward(x, residual, self.cos_sin, rope, context)
         normed, _ = fused_add_rms_norm(x, residual, self.final_norm, self.config.rms_norm_eps)
         return normed
 
