@@ -4,14 +4,16 @@ engine."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Self
 
 from octavo.client import Client, Message, Prompt
 from octavo.decode.assemble import Assembler
-from octavo.engine.request import TokenEvent
-from octavo.errors import RequestError
-from octavo.llm import Params, _as_batch, _each, conversations
+from octavo.engine.request import Request, TokenEvent
+from octavo.engine.service import EngineService
+from octavo.errors import QueueFullError, RequestError
+from octavo.llm import Params, _as_batch, _each, conversations, settled
 from octavo.models.sources import DEFAULT_MODEL
 from octavo.outputs import RequestOutput, StreamPiece
 from octavo.sampling_params import SamplingParams
@@ -20,14 +22,15 @@ from octavo.sampling_params import SamplingParams
 class AsyncTokenStream:
     """Pieces of one request, for `async for`. `aclose()` ends the request."""
 
-    def __init__(self, assembler: Assembler, events: asyncio.Queue[TokenEvent], abort: Callable[[Any], None]) -> None:
-        self._assembler, self._events, self._abort = assembler, events, abort
+    def __init__(self, assembler: Assembler, events: asyncio.Queue[TokenEvent], service: EngineService) -> None:
+        self._assembler, self._events, self._service = assembler, events, service
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> StreamPiece:
         assembler = self._assembler
+        self._service.check_process()
         try:
             while not assembler.done:
                 piece = assembler.push(await self._events.get())
@@ -48,7 +51,7 @@ class AsyncTokenStream:
     def close(self) -> None:
         """End the request if it still runs. Never waits."""
         if not self._assembler.done:
-            self._abort(self._assembler.request)
+            self._service.abort(self._assembler.request)
 
     async def aclose(self) -> None:
         self.close()
@@ -116,7 +119,7 @@ class AsyncLLM(Client):
         if params is not None and isinstance(params, SamplingParams) and params.width > params.n:
             raise RequestError("best_of above n cannot be streamed: the best are known at the end", "best_of")
         stream = self._prepare(prompt, params, priority, special)
-        self.engine.service.submit(stream._assembler.request)
+        stream._service.submit(stream._assembler.request)
         return stream
 
     def _prepare(self, prompt: Prompt, params: SamplingParams | None, priority: int, special: bool) -> AsyncTokenStream:
@@ -127,14 +130,13 @@ class AsyncLLM(Client):
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         assembler = self.make_request(prompt, params, sink, priority=priority, special=special)
-        return AsyncTokenStream(assembler, events, self.engine.service.abort)
+        return AsyncTokenStream(assembler, events, self.engine.service)
 
     async def _run(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | None], priority: int, return_exceptions:
         bool, *, special: bool = True,
     ) -> list[RequestOutput]:  # fmt: skip
         streams = [self._prepare(p, q, priority, special) for p, q in zip(prompts, params, strict=True)]
-        service = self.engine.service
 
         async def finish(stream: AsyncTokenStream) -> RequestOutput:
             async for _ in stream:
@@ -144,17 +146,17 @@ class AsyncLLM(Client):
         tasks: list[asyncio.Task[RequestOutput]] = []
         try:
             for stream in streams:
-                service.submit(stream._assembler.request)
+                await _submit(stream._service, stream._assembler.request)
                 tasks.append(asyncio.create_task(finish(stream)))
             results = await asyncio.gather(*tasks, return_exceptions=True)
         except BaseException:
             for stream in streams:
                 stream.close()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             raise
-        for result in results:
-            if isinstance(result, BaseException) and not return_exceptions:
-                raise result
-        return results  # type: ignore[return-value]
+        return settled(results, return_exceptions)
 
     async def aclose(self) -> None:
         """`close()` without blocking the event loop."""
@@ -165,6 +167,23 @@ class AsyncLLM(Client):
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+
+async def _submit(service: EngineService, request: Request) -> None:
+    """Hand a request over; while the queue is full, wait without blocking the event loop."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            return service.submit(request)
+        except QueueFullError:
+            room = asyncio.Event()
+
+            def wake(room: asyncio.Event = room) -> None:
+                with suppress(RuntimeError):  # the event loop was closed meanwhile
+                    loop.call_soon_threadsafe(room.set)
+
+            service.when_room(wake)
+            await room.wait()
 
 
 def _chat_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import queue
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, Literal, Self, overload
@@ -14,6 +14,7 @@ from octavo.client import Client, Message, Prompt
 from octavo.console import batch_progress
 from octavo.decode.assemble import Assembler
 from octavo.engine.request import TokenEvent
+from octavo.engine.service import EngineService
 from octavo.errors import RequestError
 from octavo.outputs import RequestOutput, StreamPiece
 from octavo.sampling_params import SamplingParams
@@ -25,16 +26,15 @@ class TokenStream:
     """Pieces of one request as they are made. Iterate over it; `close()` (or leaving the loop and dropping it) ends the
     request."""
 
-    def __init__(
-        self, assembler: Assembler, events: queue.SimpleQueue[TokenEvent], abort: Callable[[Any], None]
-    ) -> None:
-        self._assembler, self._events, self._abort = assembler, events, abort
+    def __init__(self, assembler: Assembler, events: queue.SimpleQueue[TokenEvent], service: EngineService) -> None:
+        self._assembler, self._events, self._service = assembler, events, service
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> StreamPiece:
         assembler = self._assembler
+        self._service.check_process()
         try:
             while not assembler.done:
                 piece = assembler.push(self._events.get())
@@ -55,7 +55,7 @@ class TokenStream:
     def close(self) -> None:
         """End the request if it still runs."""
         if not self._assembler.done:
-            self._abort(self._assembler.request)
+            self._service.abort(self._assembler.request)
 
     def __enter__(self) -> Self:
         return self
@@ -161,7 +161,7 @@ class LLM(Client):
         assembler = self.make_request(prompt, params, events.put, priority=priority, special=special)
         service = self.engine.service
         service.submit(assembler.request)
-        return TokenStream(assembler, events, service.abort)
+        return TokenStream(assembler, events, service)
 
     def _run(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | None], priority: int, use_tqdm: bool | None,
@@ -201,12 +201,7 @@ class LLM(Client):
                 if not assembler.done:
                     service.abort(assembler.request)
             raise
-        outputs: list[Any] = [assembler.error or assembler.output() for assembler in assemblers]
-        for output in outputs:
-            if isinstance(output, BaseException) and not return_exceptions:
-                output.outputs = outputs  # type: ignore[attr-defined]  # nothing else is lost
-                raise output
-        return outputs
+        return settled([assembler.error or assembler.output() for assembler in assemblers], return_exceptions)
 
     def __enter__(self) -> Self:
         return self
@@ -215,6 +210,15 @@ class LLM(Client):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def settled(outputs: list[RequestOutput | BaseException], return_exceptions: bool) -> list[RequestOutput]:
+    """The outputs of a batch, or its first error, which carries all of them as `outputs`: nothing else is lost."""
+    for output in outputs:
+        if isinstance(output, BaseException) and not return_exceptions:
+            output.outputs = outputs  # type: ignore[attr-defined]
+            raise output
+    return outputs  # type: ignore[return-value]
 
 
 def _silent(requests: int, tokens: int) -> None:

@@ -54,38 +54,45 @@ class Engine:
         with _lock:
             self.users -= 1
             last = self.users <= 0
-            if last and _engines.get(_key(self.config)) is self:
-                del _engines[_key(self.config)]
+            if last and _engines.get(self.config) is self:
+                del _engines[self.config]
         if last:
             self.service.close()
             give_back_memory()
 
 
-_engines: dict[tuple[int, EngineConfig], Engine] = {}
+_engines: dict[EngineConfig, Engine] = {}
 _lock = threading.RLock()
-_starting: dict[tuple[int, EngineConfig], threading.Lock] = {}
+_starting: dict[EngineConfig, threading.Lock] = {}
 
 
-def _key(config: EngineConfig) -> tuple[int, EngineConfig]:
-    return (os.getpid(), config)
+def _start_anew() -> None:
+    """In a forked child: the parent's engines do not run here, and its locks may be held by threads that are gone."""
+    global _lock
+    _lock = threading.RLock()
+    _engines.clear()
+    _starting.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)
 
 
 def acquire(config: EngineConfig, progress: Progress | None = None) -> Engine:
     """The engine of this configuration, started if there is none. Callers of one configuration wait for the same
     start."""
-    key = _key(config)
     with _lock:
-        start = _starting.setdefault(key, threading.Lock())
+        start = _starting.setdefault(config, threading.Lock())
     with start:
         with _lock:
-            engine = _engines.get(key)
+            engine = _engines.get(config)
             if engine is not None and not engine.service.closed:
                 engine.users += 1
                 return engine
         engine = _start(config, progress)
         with _lock:
             engine.users = 1
-            _engines[key] = engine
+            _engines[config] = engine
         return engine
 
 
@@ -132,6 +139,5 @@ def give_back_memory() -> None:
 @atexit.register
 def _close_all() -> None:
     """At exit, end the threads in order: a thread that runs torch while the interpreter goes away can crash it."""
-    for (pid, _), engine in list(_engines.items()):
-        if pid == os.getpid():
-            engine.service.close()
+    for engine in list(_engines.values()):
+        engine.service.close()

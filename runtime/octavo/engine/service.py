@@ -48,6 +48,7 @@ class EngineService:
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._open: dict[str, Request] = {}
         self._room = threading.Condition()
+        self._room_callbacks: list[Callable[[], None]] = []
         self._not_accepted = 0  # submitted, and still in the command queue
         self._max_queued = max_queued_requests
         self._closing = False
@@ -83,6 +84,15 @@ class EngineService:
                 self._check_usable()
             self._not_accepted += 1
             self._commands.put(lambda: self._accept(request))
+
+    def when_room(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once, soon after there may be room in the queue: for callers that must not block. It is
+        called on any thread and must not raise; who is called looks for itself by another `submit`."""
+        with self._room:
+            if self._backlog() >= self._max_queued and not self.closed:
+                self._room_callbacks.append(callback)
+                return
+        callback()
 
     def abort(self, request: Request, index: int | None = None) -> None:
         """End a request, or one of its sequences, soon. Does nothing if it has ended; never raises, never blocks."""
@@ -141,17 +151,21 @@ class EngineService:
             return  # a forked child has no such thread to stop
         with self._room:
             self._closing = True
-            self._room.notify_all()
+        self._signal_room()
         self._commands.put(None)
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _check_usable(self) -> None:
+    def check_process(self) -> None:
+        """Raises `ForkedEngineError` in a forked child: waiting for anything there would be for ever."""
         if os.getpid() != self._pid:
             raise ForkedEngineError(
                 "this engine belongs to the parent process: its thread does not exist after a fork. "
                 "Make a new LLM in the child, or start children with multiprocessing's 'spawn'"
             )
+
+    def _check_usable(self) -> None:
+        self.check_process()
         if self._failure is not None:
             raise EngineClosedError(f"the engine stopped: {self._failure}") from self._failure
         if self._closing:
@@ -188,9 +202,14 @@ class EngineService:
             self._signal_room()
 
     def _signal_room(self) -> None:
-        """Wake the callers that wait in `submit`: each looks for itself whether there is room now."""
+        """Wake the callers that wait for room: each looks for itself whether there is some now."""
         with self._room:
             self._room.notify_all()
+            if not self._room_callbacks or (self._backlog() >= self._max_queued and not self.closed):
+                return
+            callbacks, self._room_callbacks = self._room_callbacks, []
+        for callback in callbacks:
+            callback()
 
     def _backlog(self) -> int:
         return self._not_accepted + (self._core.scheduler.fresh if self._core else 0)
@@ -220,7 +239,7 @@ class EngineService:
         cause = self._failure
         with self._room:
             self._closing = True
-            self._room.notify_all()
+        self._signal_room()
         while not self._commands.empty():  # requests handed over but not yet accepted must end too
             command = self._commands.get()
             if command is not None:
