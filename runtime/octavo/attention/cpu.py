@@ -29,7 +29,7 @@ QUERY_TILE = 128
 GROUP_MIN = 8
 GROUP_SHRINK = 0.5
 """A new group starts where sequences are shorter than this share of the group's longest: less padding, more calls. 0.4
-to 0.7 are level (64 sequences of 30..380 tokens, 30 layers: 47 to 50 ms); one call more costs as much as 8 sequences."""
+to 0.7 are level (64 sequences of 30..380 tokens, 30 layers: 47 to 50 ms); a call more costs as much as 8 sequences."""
 
 
 class CpuAttention(AttentionBackend):
