@@ -96,6 +96,9 @@ def chat(
             try:
                 if not session.take(line):
                     break
+            except KeyboardInterrupt:
+                if not interactive:
+                    raise
             except EngineClosedError:
                 raise
             except OctavoError as error:
@@ -133,7 +136,8 @@ class Session:
         return True
 
     def answer(self, text: str) -> None:
-        """Stream the answer to `text`. Ctrl-C ends it early; what was written stays part of the conversation."""
+        """Stream the answer to `text`. Ctrl-C ends it early, with a `KeyboardInterrupt`; what was written stays part of
+        the conversation."""
         turns = self._fitting([*self.turns, {"role": "user", "content": text}])
         pieces = self.llm.chat(self._messages(turns), self.params, stream=True)
         stopped = False
@@ -149,6 +153,8 @@ class Session:
         self.last = figures(output.metrics)
         if sys.stdout.isatty():
             console().print("stopped" if stopped else self.last, style="dim")
+        if stopped:
+            raise KeyboardInterrupt
 
     def _messages(self, turns: list[dict[str, str]]) -> list[dict[str, str]]:
         return ([{"role": "system", "content": self.system}] if self.system else []) + turns

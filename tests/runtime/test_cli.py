@@ -1,0 +1,272 @@
+"""The `octavo` program as a script meets it: what goes to which stream, exit codes, and what a mistake is told.
+
+Every test runs the real program. `test_chat.py` has the conversation on a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from octavo import LLM, SamplingParams
+
+OCTAVO = [sys.executable, "-m", "octavo.cli"]
+QUESTION = "What is the capital of France?"
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def environment(cache: Path, tmp_path: Path) -> dict[str, str]:
+    """Empty caches, no network, no terminal's colours or width from outside."""
+    gone = ("OCTAVO_MODEL", "OCTAVO_DEBUG", "COLUMNS", "FORCE_COLOR", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
+    kept = {name: value for name, value in os.environ.items() if name not in gone}
+    return kept | {"OCTAVO_CACHE": str(cache), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+
+
+def octavo(*arguments: object, stdin: str | bytes = b"", env: dict[str, str] | None = None) -> Any:
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    done = subprocess.run(
+        [*OCTAVO, *map(str, arguments)], input=data, capture_output=True, timeout=200, check=False, env=env
+    )
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    assert "Traceback" not in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr, "control sequences, although this is no terminal"
+    return done
+
+
+# -- help ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], ["chat"], ["generate"], ["demo"], ["bench"], ["env"], ["models"],
+                                       ["models", "pull"], ["models", "remove"]], ids=" ".join)  # fmt: skip
+def test_help_says_what_a_command_does(arguments: list[str], environment: dict[str, str]) -> None:
+    done = octavo(*arguments, "--help", env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"Usage: python -m octavo.cli {' '.join(arguments)}".strip() in done.stdout
+    if not arguments:
+        for command in ("chat", "generate", "models", "bench", "env"):
+            assert re.search(rf"^│ {command} +[A-Z]", done.stdout, flags=re.M), command
+    assert octavo(*arguments, "-h", env=environment).stdout == done.stdout
+
+
+def test_without_a_command_it_shows_the_help(environment: dict[str, str]) -> None:
+    done = octavo(env=environment)
+    assert done.returncode == 2
+    assert "Commands" in done.stdout + done.stderr
+
+
+def test_the_installed_program_is_this_one(environment: dict[str, str]) -> None:
+    program = Path(sys.executable).with_name("octavo")
+    from octavo import __version__
+
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == f"octavo {__version__}\n"
+
+
+def test_help_does_not_wait_for_torch(environment: dict[str, str]) -> None:
+    code = "import sys; from octavo.cli import app; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+# -- mistakes --------------------------------------------------------------------------------------------------------
+
+MISTAKES: list[tuple[list[str], int, str]] = [
+    (["nonsense"], 2, "nonsense"),
+    (["generate"], 2, "standard input is empty: say what to answer"),
+    (["generate", "  "], 2, "the prompt is empty"),
+    (["generate", "x", "--tempature", "1"], 2, "--temperature"),
+    (["generate", "x", "--temperature", "-1"], 2, "temperature must be at least 0"),
+    (["generate", "x", "--temperature", "hot"], 2, "--temperature"),
+    (["generate", "x", "--top-p", "2"], 2, "top_p must be above 0 and at most 1"),
+    (["generate", "x", "--max-tokens", "0"], 2, "max_tokens must be at least 1"),
+    (["generate", "x", "--max-tokens", "many"], 2, "--max-tokens"),
+    (["generate", "x", "--device", "tpu"], 2, "device must be auto, cpu, cuda or cuda:N, not 'tpu'"),
+    (["generate", "x", "--dtype", "int3"], 2, "dtype must be one of"),
+    (["generate", "x", "--file", "/etc/hosts"], 2, "not both"),
+    (["generate", "--file", "/no/such/file"], 2, "/no/such/file cannot be read"),
+    (["generate", "x", "--raw", "--system", "y"], 2, "leave out --raw"),
+    (["generate", "x", "--model", "/no/such/model"], 1, "nothing is there"),
+    (["generate", "x", "--model", "no/such-model"], 1, "no/such-model"),
+    (["chat", "--min-p", "7"], 2, "min_p must be at least 0 and at most 1"),
+    (["models", "show", "no/such-model"], 1, "octavo models pull no/such-model"),
+    (["models", "remove", "no/such-model"], 1, "`octavo models` lists those that are"),
+    (["models", "show"], 2, "MODEL"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), MISTAKES, ids=[" ".join(m[0])[:40] for m in MISTAKES])
+def test_a_mistake_is_told_in_a_line(
+    arguments: list[str], code: int, message: str, environment: dict[str, str]
+) -> None:
+    done = octavo(*arguments, env=environment)
+    assert done.returncode == code
+    assert done.stdout == ""
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+    if "Usage" not in done.stderr:  # not typer's own box
+        assert done.stderr.startswith("octavo: ")
+        assert done.stderr.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(environment: dict[str, str]) -> None:
+    command = [*OCTAVO, "--debug", "generate", "x", "--model", "/no/such/model"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "ModelNotFoundError" in done.stderr
+
+
+# -- generate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: Path) -> Iterator[Any]:
+    """What the library answers to the same."""
+    with LLM(str(tiny_model), dtype="float32") as llm:
+        params = SamplingParams(temperature=0.0, max_tokens=20)
+        yield llm.chat([{"role": "user", "content": "Grüße"}], params)[0]
+
+
+def test_the_prompt_comes_from_an_argument_a_file_or_stdin(
+    tiny_model: Path, expected: Any, environment: dict[str, str], tmp_path: Path
+) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes("Grüße\n".encode())
+    common = ["--model", tiny_model, "--dtype", "float32", "--temperature", "0", "--max-tokens", "20"]
+    for arguments, stdin in (
+        (["Grüße"], ""), (["--file", file], "ignored"), ([], "Grüße\n"), (["-"], "Grüße"),
+    ):  # fmt: skip
+        done = octavo("generate", *arguments, *common, stdin=stdin, env=environment)
+        assert (done.returncode, done.stderr) == (0, ""), "nothing but the answer, and no bar"
+        assert done.stdout == expected.outputs[0].text + "\n"
+
+
+def test_json(tiny_model: Path, expected: Any, environment: dict[str, str]) -> None:
+    common = ["--model", tiny_model, "--dtype", "float32", "--temperature", "0", "--max-tokens", "20", "--json"]
+    done = octavo("generate", "Grüße", *common, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    answer = expected.outputs[0]
+    report = json.loads(done.stdout)
+    assert report["text"] == answer.text
+    assert report["token_ids"] == answer.token_ids
+    assert report["finish_reason"] == "length"
+    assert report["prompt"] == "user: Grüße\nassistant:"
+    assert report["usage"] == {
+        "prompt_tokens": len(expected.prompt_token_ids), "cached_tokens": 0, "completion_tokens": 20,
+    }  # fmt: skip
+    assert 0 < report["timing"]["time_to_first_token"] < report["timing"]["seconds"]
+    done = octavo("generate", "Grüße", *common, "--stream", env=environment)
+    *pieces, last = [json.loads(line) for line in done.stdout.splitlines()]
+    assert "".join(piece["piece"] for piece in pieces) == last["text"] == answer.text
+    assert len(pieces) > 10
+
+
+def test_sampling_options_reach_the_engine(tiny_model: Path, environment: dict[str, str]) -> None:
+    def text(*options: object) -> str:
+        done = octavo("generate", "Once", "--raw", "-m", tiny_model, "-n", 12, "--json", *options, env=environment)
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
+        assert report["prompt"] == "Once"
+        return str(report["text"])
+
+    one = text("--seed", 1, "--temperature", 1.5, "--top-p", 1)
+    assert one != text("--seed", 2, "-t", 1.5, "--top-p", 1)
+    stop = one[len(one) // 2]
+    assert text("--seed", 1, "-t", 1.5, "--top-p", 1, "--stop", "never", "--stop", stop) == one.partition(stop)[0]
+
+
+def test_the_default_model_answers_by_its_own_name(default_model: Path) -> None:
+    """Without `--model`, from the ordinary cache."""
+    mine = {name: value for name, value in os.environ.items() if name != "OCTAVO_MODEL"} | {"HF_HUB_OFFLINE": "1"}
+    done = octavo("generate", QUESTION, "-t", 0, "-n", 24, "--system", "Answer in one sentence.", env=mine)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Paris" in done.stdout
+
+
+def test_ctrl_c_ends_it_with_130(default_model: Path, environment: dict[str, str]) -> None:
+    command = [*OCTAVO, "generate", "Count from 1 to 1000.", "-n", "2000", "-t", "0", "--model", str(default_model)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        first = process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.stdout.read(), process.stderr.read()
+        assert process.wait(60) == 130
+    assert first
+    assert errors == b""
+    assert rest.endswith(b"\n")
+    assert len(rest) < 4000
+
+
+def test_a_reader_who_goes_away_is_no_error(default_model: Path, environment: dict[str, str]) -> None:
+    """As in `octavo generate ... | head -1`."""
+    command = [*OCTAVO, "generate", "Count from 1 to 1000.", "-n", "2000", "-t", "0", "--model", str(default_model)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 141
+
+
+# -- models and env --------------------------------------------------------------------------------------------------
+
+
+def test_models_are_listed_shown_and_removed(
+    default_model: Path, cache: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    empty = octavo("models", env=environment)
+    assert empty.returncode == 0
+    assert str(cache) in empty.stdout
+    assert json.loads(octavo("models", "list", "--json", env=environment).stdout) == []
+    place = cache / "pypi" / default_model.parent.name
+    place.mkdir(parents=True)
+    os.symlink(default_model, place / default_model.name)
+    shutil.copy(default_model.with_name("octavo.json"), place)
+    name = json.loads((place / "octavo.json").read_text())["name"]
+    (row,) = json.loads(octavo("models", "list", "--json", env=environment).stdout)
+    assert (row["name"], row["source"], row["path"]) == (name, "pypi", str(place))
+    assert row["bytes"] > 9e7
+    assert name in octavo("models", env=environment).stdout
+    facts = json.loads(octavo("models", "show", name, "--json", env=environment).stdout)
+    assert (facts["architecture"], facts["supported"], facts["format"]) == ("LlamaForCausalLM", True, "gguf")
+    assert (facts["layers"], facts["vocabulary"], facts["longest_text"]) == (30, 49152, 8192)
+    assert 134e6 < facts["parameters"] < 136e6
+    text = octavo("models", "show", default_model, env=environment).stdout
+    assert re.search(r"architecture +LlamaForCausalLM", text)
+    assert re.search(r"parameters +13\d million", text)
+    removed = octavo("models", "remove", name, env=environment)
+    assert removed.returncode == 0
+    assert re.fullmatch(r"98\.\d MB freed\n", removed.stdout)
+    assert not place.exists()
+    assert default_model.is_file(), "a file elsewhere was touched"
+    assert octavo("models", "remove", name, env=environment).returncode == 1
+
+
+def test_env_tells_what_a_bug_report_needs_and_no_secret(environment: dict[str, str]) -> None:
+    import torch
+
+    secret = environment | {"HF_TOKEN": "hf_verysecret", "OMP_NUM_THREADS": "1"}
+    done = octavo("env", env=secret)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(rf"^torch: +{re.escape(torch.__version__)}$", done.stdout, flags=re.M)
+    assert re.search(r"^octavo: +\d", done.stdout, flags=re.M)
+    assert "OMP_NUM_THREADS = 1" in done.stdout
+    assert "HF_TOKEN is set" in done.stdout
+    assert "verysecret" not in done.stdout
+    report = json.loads(octavo("env", "--json", env=secret).stdout)
+    assert report["cpu"]["cores"] == os.cpu_count()
+    assert "verysecret" not in json.dumps(report)
