@@ -216,7 +216,6 @@ def test_the_lock_has_every_dependency_at_one_version(project: dict[str, Any]) -
 
 def test_what_the_runtime_imports_is_declared(project: dict[str, Any]) -> None:
     declared = {name_of(requirement) for requirement in project["dependencies"]} | {"octavo", "octavo-kernels"}
-    optional = {"modelscope"}  # asked for by a message where it is missing
     for path, module in imported(RUNTIME):
         name = module.lower().replace("_", "-")
-        assert module in sys.stdlib_module_names or name in declared | optional, f"{path} imports {module}"
+        assert module in sys.stdlib_module_names or name in declared, f"{path} imports {module}"
