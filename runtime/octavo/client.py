@@ -13,6 +13,7 @@ from octavo.engine.registry import Engine, acquire
 from octavo.engine.request import Request, Sink
 from octavo.engine.service import EngineStats
 from octavo.errors import EngineClosedError, RequestError
+from octavo.host_memory import give_back_memory, memory_goes_back
 from octavo.models.sources import DEFAULT_MODEL, Progress
 from octavo.sampling_params import SamplingParams
 from octavo.tokenizer import Tokenizer
@@ -55,8 +56,10 @@ class Client:
         """Let go of the engine; the last user's `close` ends its requests and gives back its memory. Safe to call
         twice."""
         engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.release()
+        if engine is not None and engine.release():
+            with memory_goes_back():
+                del engine
+            give_back_memory()
 
     def __del__(self) -> None:
         if getattr(self, "_engine", None) is not None:

@@ -7,18 +7,15 @@ Ten chains that name the same model share one engine, one KV cache and one batch
 from __future__ import annotations
 
 import atexit
-import ctypes
-import gc
 import os
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 
 from octavo.config import EngineConfig
 from octavo.engine.service import EngineService
+from octavo.host_memory import memory_goes_back
 from octavo.models.config import ModelConfig, load_config
 from octavo.models.sources import ModelFiles, Progress, resolve
 from octavo.tokenizer import Tokenizer, load_tokenizer
@@ -49,8 +46,9 @@ class Engine:
     seconds_to_ready: float
     users: int = 0
 
-    def release(self) -> None:
-        """One user less; the last one closes the engine and gives its memory back."""
+    def release(self) -> bool:
+        """One user less; the last one closes the engine. True for that one: it should let go of the engine and then
+        call `give_back_memory`."""
         with _lock:
             self.users -= 1
             last = self.users <= 0
@@ -58,7 +56,7 @@ class Engine:
                 del _engines[self.config]
         if last:
             self.service.close()
-            give_back_memory()
+        return last
 
 
 _engines: dict[EngineConfig, Engine] = {}
@@ -89,7 +87,8 @@ def acquire(config: EngineConfig, progress: Progress | None = None) -> Engine:
             if engine is not None and not engine.service.closed:
                 engine.users += 1
                 return engine
-        engine = _start(config, progress)
+        with memory_goes_back():
+            engine = _start(config, progress)
         with _lock:
             engine.users = 1
             _engines[config] = engine
@@ -123,17 +122,6 @@ def _start(config: EngineConfig, progress: Progress | None) -> Engine:
         str(resolved.dtype).removeprefix("torch."), resolved.num_blocks, resolved.block_size,
     )  # fmt: skip
     return Engine(config, files, model_config, tokenizer.result(), service, limits, time.monotonic() - began)
-
-
-def give_back_memory() -> None:
-    """Collect what is unreachable and return free memory to the system and to the GPU."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # another C library has its own ways
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @atexit.register

@@ -18,6 +18,7 @@ from typing import TypeVar
 from octavo.engine.core import EngineCore
 from octavo.engine.request import Request, Sink, TokenEvent
 from octavo.errors import EngineClosedError, ForkedEngineError, QueueFullError
+from octavo.host_memory import give_back_memory, memory_goes_back
 
 logger = logging.getLogger("octavo")
 
@@ -188,7 +189,9 @@ class EngineService:
             self._failure = error
         finally:
             self._end_all()
-            self._core = None
+            with memory_goes_back():
+                self._core = None
+            give_back_memory()
 
     def _loop(self, core: EngineCore) -> None:
         while True:
