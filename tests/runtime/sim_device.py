@@ -113,6 +113,10 @@ class SimDevice:
         destinations = [destination for _, destination in plan.copies]
         assert len(set(destinations)) == len(destinations), "a block is copied onto twice"
         assert 0 not in destinations, "the null block is written"
+        places = [(row, index) for row, index, _ in plan.new_blocks]
+        assert len(set(places)) == len(places), "two blocks have one place: a device may apply either last"
+        new_rows = [new.row for new in plan.new_rows]
+        assert len(set(new_rows)) == len(new_rows), "a row is given twice"
         assert 0 not in [block for _, _, block in plan.new_blocks], "the null block is given to a sequence"
 
     def _apply(self, plan: StepPlan) -> None:

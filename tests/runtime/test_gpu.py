@@ -54,6 +54,31 @@ def test_tiny_models_equal_transformers(family: str, tmp_path: Path) -> None:
         check_against(peer, llm, prompts)
 
 
+def test_forks_and_preempted_requests_are_what_they_are_alone(tmp_path: Path) -> None:
+    """In float32, where products of other batches differ by less than a token can turn on. Outputs of one request share
+    its prompt's blocks until they write; a pool of 12 blocks preempts."""
+    path = make_model("llama-head-dim", tmp_path)
+    prompts = [[7 * i % 290 + 5 for i in range(length)] for length in (8, 16, 17, 40)]
+
+    def tokens(llm: LLM, prompt: list[int], **options: Any) -> list[list[int]]:
+        params = SamplingParams(max_tokens=30, ignore_eos=True, **options)
+        return [list(output.token_ids) for output in llm.generate(prompt, params)[0].outputs]
+
+    with LLM(str(path), dtype="float32") as llm:
+        alone = [tokens(llm, prompt, seed=5, temperature=1.2)[0] for prompt in prompts]
+        for prompt, wanted in zip(prompts, alone, strict=True):
+            forked = tokens(llm, prompt, seed=5, temperature=1.2, n=4)
+            assert forked[0] == wanted
+            greedy = tokens(llm, prompt, temperature=0.0)[0]
+            assert tokens(llm, prompt, temperature=0.0, n=3) == [greedy] * 3
+            assert tokens(llm, prompt, seed=5, temperature=1.2, n=4) == forked
+    with LLM(str(path), dtype="float32", num_blocks=13, block_size=16, max_num_seqs=8) as llm:
+        params = SamplingParams(max_tokens=30, ignore_eos=True, seed=5, temperature=1.2)
+        together = llm.generate(prompts * 3, params)
+        assert [list(output.outputs[0].token_ids) for output in together] == alone * 3
+        assert llm.stats().preemptions > 0
+
+
 @pytest.fixture(scope="module")
 def default_ids(default_model: Path) -> list[list[int]]:
     with LLM(str(default_model)) as llm:

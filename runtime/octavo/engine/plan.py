@@ -42,7 +42,7 @@ class StepPlan:
     steps: list[RowStep]
     new_rows: list[NewRow] = field(default_factory=list)
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
-    """(row, index in its block table, block)."""
+    """(row, index in its block table, block); each place once."""
     copies: list[tuple[int, int]] = field(default_factory=list)
     """(source block, destination block): copy on write, and the null block's zeros over blocks of a failed sequence."""
 

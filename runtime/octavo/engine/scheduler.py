@@ -31,14 +31,17 @@ class Draft:
     parts: list[tuple[Sequence, int, RowStep]] = field(default_factory=list)
     """(sequence, its epoch, its step)."""
     new_rows: list[NewRow] = field(default_factory=list)
-    new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
+    new_blocks: dict[tuple[int, int], int] = field(default_factory=dict)
+    """(row, index in its block table) -> block. A fork's shared block and the copy it writes to have the same place:
+    one entry, because a device applies several in any order."""
     copies: dict[int, int] = field(default_factory=dict)
     """Destination block -> source block."""
     preempted: bool = False
 
     def plan(self) -> StepPlan:
         copies = [(source, destination) for destination, source in self.copies.items()]
-        return StepPlan([step for _, _, step in self.parts], self.new_rows, self.new_blocks, copies)
+        new_blocks = [(row, index, block) for (row, index), block in self.new_blocks.items()]
+        return StepPlan([step for _, _, step in self.parts], self.new_rows, new_blocks, copies)
 
 
 class Scheduler:
@@ -153,7 +156,7 @@ class Scheduler:
             metrics.queue_time = self._clock() - metrics.arrival
             metrics.cached_tokens = computed
         draft.new_rows.append(self._new_row(sequence))
-        draft.new_blocks.extend((sequence.row, index, block) for index, block in enumerate(blocks))
+        draft.new_blocks |= {(sequence.row, index): block for index, block in enumerate(blocks)}
         count = min(sequence.length - computed, budget)
         if not self._make_room(sequence, computed + count, draft):
             raise RuntimeError("an admitted sequence found no room")  # `wanted` above was counted wrongly
@@ -190,9 +193,9 @@ class Scheduler:
             pool.release([source])
             sequence.blocks[first] = block
             draft.copies[block] = source
-            draft.new_blocks.append((sequence.row, first, block))
+            draft.new_blocks[sequence.row, first] = block
         for block in pool.allocate(max(missing, 0)) or ():
-            draft.new_blocks.append((sequence.row, len(sequence.blocks), block))
+            draft.new_blocks[sequence.row, len(sequence.blocks)] = block
             sequence.blocks.append(block)
         return True
 
