@@ -60,8 +60,9 @@ def collect() -> dict[str, Any]:
             "bytes": properties.total_memory,
             "capability": f"{properties.major}.{properties.minor}",
         })  # fmt: skip
+    packages = {name: _version(name) for name in PACKAGES} | {"torch": str(torch.__version__)}  # tells the build: +cpu
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **packages},
         "python": _tilde(sys.executable),
         "system": f"{platform.system()} {platform.release()} {platform.machine()} {' '.join(platform.libc_ver())}",
         "cpu": {
