@@ -14,9 +14,13 @@ import pytest
 import torch
 from core_driver import Driver, stacked_logits
 from octavo import SamplingParams
-from tiny_models import Parts
+from octavo_kernels.cpu.compiler import available
+from tiny_models import Parts, parts_of
 
-DTYPES = [torch.float32, torch.bfloat16]
+KINDS = [
+    "float32", "bfloat16",
+    pytest.param("packed", marks=pytest.mark.skipif(not available(), reason="needs AVX512-VNNI and AVX512-BF16")),
+]  # fmt: skip
 CONDITIONS: dict[str, dict[str, Any]] = {
     "in one batch": {"budget": 512},
     "in chunks of 16": {"max_num_seqs": 16, "budget": 16},
@@ -59,9 +63,9 @@ def same_bits(ours: list[torch.Tensor], expected: list[torch.Tensor], condition:
         assert not unequal, f"{condition}: request {number} differs at its tokens {unequal}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tiny_model(tiny_model: Path, dtype: torch.dtype) -> None:
-    parts = Parts(tiny_model, dtype)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiny_model(tiny_model: Path, kind: str) -> None:
+    parts = parts_of(tiny_model, kind)
     prompts = some_prompts([1, 2, 3, 15, 16, 17, 31, 33, 47, 64, 65, 90, 100, 130, 200, 230], 300)
     expected = alone(parts, prompts, 40)
     for condition, settings in CONDITIONS.items():
@@ -71,9 +75,9 @@ def test_tiny_model(tiny_model: Path, dtype: torch.dtype) -> None:
             assert driver.core.scheduler.preemptions > 0, "the pool was not short: nothing was shown"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tiny_model_from_the_prefix_cache(tiny_model: Path, dtype: torch.dtype) -> None:
-    parts = Parts(tiny_model, dtype)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiny_model_from_the_prefix_cache(tiny_model: Path, kind: str) -> None:
+    parts = parts_of(tiny_model, kind)
     (prefix,) = some_prompts([100], 300)
     prompts = [prefix + tail for tail in some_prompts([1, 5, 20, 33], 300)] + [prefix]
     expected = alone(parts, prompts, 20)
@@ -87,10 +91,10 @@ def test_tiny_model_from_the_prefix_cache(tiny_model: Path, dtype: torch.dtype) 
     same_bits(stacked_logits(driver), expected, "from the cache")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_outputs_of_one_prompt_see_the_same_bits(tiny_model: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_of_one_prompt_see_the_same_bits(tiny_model: Path, kind: str) -> None:
     """n = 4 greedy outputs, forked: all equal to the single one."""
-    parts = Parts(tiny_model, dtype)
+    parts = parts_of(tiny_model, kind)
     for prompt in some_prompts([1, 16, 17, 40, 75], 300):
         (expected,) = alone(parts, [prompt], 20)
         driver = Driver(parts.core(), record=True)
@@ -100,9 +104,9 @@ def test_outputs_of_one_prompt_see_the_same_bits(tiny_model: Path, dtype: torch.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_default_model(default_model: Path, dtype: torch.dtype, threads: int) -> None:
-    parts = Parts(default_model, dtype)
+@pytest.mark.parametrize("kind", KINDS)
+def test_default_model(default_model: Path, kind: str, threads: int) -> None:
+    parts = parts_of(default_model, kind)
     # two threads on a busy machine wait for each other at every product: fewer tokens there
     prompts = some_prompts([1, 16, 40, 70, 130] if threads == 1 else [1, 33, 70], 49000)
     outputs = 4 if threads == 1 else 2

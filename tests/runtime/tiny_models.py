@@ -17,11 +17,16 @@ from octavo.engine.blocks import BlockPool
 from octavo.engine.core import EngineCore
 from octavo.engine.scheduler import Scheduler
 from octavo.execute.build import Resolved, _kv_cache, attention_for, build_core, resolve_settings
+from octavo.execute.context import KVCache
 from octavo.execute.runner import Runner
 from octavo.execute.table import RowTable
+from octavo.models.cache import cache_dir
 from octavo.models.config import ModelConfig, load_config
+from octavo.models.llama_packed import CACHE_BLOCK as PACKED_BLOCK
+from octavo.models.llama_packed import PackedLlama, ProgramAttention
 from octavo.models.loader import load_model
 from octavo.models.sources import resolve
+from octavo.models.weights import open_weights
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -136,8 +141,36 @@ class Parts:
         )  # fmt: skip
         table = RowTable(max_num_seqs, length, block_size, self.config.vocab_size, self.device)
         kv = _kv_cache(self.config, resolved)
-        runner = Runner(model or self.model, kv, table, attention_for(self.device, self.dtype))
-        return EngineCore(scheduler, runner, depth=depth)
+        return EngineCore(scheduler, self._runner(resolved, kv, table, model), depth=depth)
+
+    def _runner(self, resolved: Resolved, kv: KVCache, table: RowTable, model: Any) -> Runner:
+        return Runner(model or self.model, kv, table, attention_for(self.device, self.dtype))
+
+
+class PackedParts(Parts):
+    """The same with the weights packed for the CPU's kernels. A program belongs to its cache, so each core has its own
+    model; blocks are of 32 tokens."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.dtype, self.device = path, torch.bfloat16, torch.device("cpu")
+        self.files = resolve(str(path))
+        self.config = load_config(self.files)
+
+    def core(self, **settings: Any) -> EngineCore:
+        return super().core(**(settings | {"block_size": PACKED_BLOCK}))
+
+    def _runner(self, resolved: Resolved, kv: KVCache, table: RowTable, model: Any) -> Runner:
+        with open_weights(self.files, self.config) as reader, torch.inference_mode():
+            model = PackedLlama(
+                self.config, reader, kv, max_len=512, max_tokens=resolved.max_num_batched_tokens,
+                cache=cache_dir() / "kernels",
+            )  # fmt: skip
+        return Runner(model, kv, table, ProgramAttention())
+
+
+def parts_of(path: Path, kind: str) -> Parts:
+    """`kind`: "float32", "bfloat16" or "packed"."""
+    return PackedParts(path) if kind == "packed" else Parts(path, getattr(torch, kind))
 
 
 def core_of(path: Path, **settings: Any) -> EngineCore:
@@ -145,4 +178,4 @@ def core_of(path: Path, **settings: Any) -> EngineCore:
     config = EngineConfig(model=str(path), **settings)
     files = resolve(config.model)
     model_config = load_config(files)
-    return build_core(config, files, model_config, resolve_settings(config, model_config))
+    return build_core(config, files, model_config, resolve_settings(config, files, model_config))

@@ -31,6 +31,8 @@ class Limits:
     dtype: str
     num_blocks: int
     block_size: int
+    packed: bool
+    """The weights stay in the bits of their GGUF file (see `models/llama_packed.py`)."""
 
 
 @dataclass(slots=True)
@@ -106,7 +108,7 @@ def _start(config: EngineConfig, progress: Progress | None) -> Engine:
         tokenizer = background.submit(load_tokenizer, files, trust_remote_code=config.trust_remote_code)
         from octavo.execute.build import build_core, resolve_settings
 
-        resolved = resolve_settings(config, model_config)
+        resolved = resolve_settings(config, files, model_config)
         service = EngineService(
             lambda: build_core(config, files, model_config, resolved, progress),
             max_queued_requests=config.max_queued_requests,
@@ -120,6 +122,7 @@ def _start(config: EngineConfig, progress: Progress | None) -> Engine:
     limits = Limits(
         resolved.max_model_len, model_config.vocab_size, str(resolved.device),
         str(resolved.dtype).removeprefix("torch."), resolved.num_blocks, resolved.block_size,
+        resolved.packed,
     )  # fmt: skip
     return Engine(config, files, model_config, tokenizer.result(), service, limits, time.monotonic() - began)
 

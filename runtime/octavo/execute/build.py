@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from octavo_kernels.cpu.compiler import available as cpu_kernels_available
 
 from octavo.attention.base import AttentionBackend
 from octavo.attention.cpu import KV_PAD, CpuAttention
@@ -21,11 +22,15 @@ from octavo.engine.core import EngineCore
 from octavo.engine.scheduler import Scheduler
 from octavo.errors import ConfigError
 from octavo.execute.context import KVCache
-from octavo.execute.runner import Runner
+from octavo.execute.runner import Model, Runner
 from octavo.execute.table import RowTable
+from octavo.models.cache import cache_dir
 from octavo.models.config import ModelConfig
+from octavo.models.llama_packed import CACHE_BLOCK, PackedLlama, ProgramAttention
+from octavo.models.llama_packed import supports as packed_supports
 from octavo.models.loader import load_model
 from octavo.models.sources import ModelFiles
+from octavo.models.weights import GGUFWeights
 
 TOKENS_PER_SEQUENCE = 1024
 """The default KV cache holds so many tokens for each of `max_num_seqs` sequences."""
@@ -43,6 +48,8 @@ class Resolved:
     max_num_seqs: int
     max_num_batched_tokens: int
     depth: int
+    packed: bool = False
+    """The weights stay in the bits of their GGUF file, and steps run as programs of CPU kernels."""
 
 
 def build_core(
@@ -50,10 +57,22 @@ def build_core(
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> EngineCore:  # fmt: skip
     """Load the model and put an engine around it."""
-    model = load_model(
-        files, model_config, load_format=config.load_format, max_len=resolved.max_model_len, dtype=resolved.dtype,
-        device=resolved.device, progress=progress,
-    )  # fmt: skip
+    kv = _kv_cache(model_config, resolved)
+    model: Model
+    attention: AttentionBackend
+    if resolved.packed:
+        with GGUFWeights(files.path, model_config) as reader, torch.inference_mode():
+            model = PackedLlama(
+                model_config, reader, kv, max_len=resolved.max_model_len, max_tokens=resolved.max_num_batched_tokens,
+                cache=cache_dir() / "kernels", progress=progress,
+            )  # fmt: skip
+        attention = ProgramAttention()
+    else:
+        model = load_model(
+            files, model_config, load_format=config.load_format, max_len=resolved.max_model_len, dtype=resolved.dtype,
+            device=resolved.device, progress=progress,
+        )  # fmt: skip
+        attention = attention_for(resolved.device, resolved.dtype)
     pool = BlockPool(resolved.num_blocks, resolved.block_size, caching=config.enable_prefix_caching)
     scheduler = Scheduler(
         pool,
@@ -61,19 +80,24 @@ def build_core(
         max_num_batched_tokens=resolved.max_num_batched_tokens,
         clock=time.monotonic,
     )
-    kv = _kv_cache(model_config, resolved)
     table = RowTable(
         resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, model_config.vocab_size, resolved.device
     )
-    runner = Runner(model, kv, table, attention_for(resolved.device, resolved.dtype))
-    return EngineCore(scheduler, runner, depth=resolved.depth)
+    return EngineCore(scheduler, Runner(model, kv, table, attention), depth=resolved.depth)
 
 
 def attention_for(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
     return TritonAttention() if device.type == "cuda" else CpuAttention(dtype)
 
 
-def resolve_settings(config: EngineConfig, model: ModelConfig) -> Resolved:
+def stays_packed(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> bool:
+    """Left to the machine, a GGUF model on a CPU that has the kernels is not dequantised."""
+    left = (config.dtype, config.load_format, files.format) == ("auto", "auto", "gguf")
+    suits = _device(config).type == "cpu" and config.block_size in (None, CACHE_BLOCK) and packed_supports(model)
+    return left and suits and cpu_kernels_available()
+
+
+def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> Resolved:
     """Decide everything that is left to the machine. Raises `ConfigError` for what it cannot do."""
     device = _device(config)
     dtype = _dtype(config, model, device)
@@ -103,7 +127,10 @@ def resolve_settings(config: EngineConfig, model: ModelConfig) -> Resolved:
             f"max_model_len={max_len} does not fit into a KV cache of {capacity} tokens: lower it, or raise "
             "num_blocks, kv_cache_memory or gpu_memory_utilization", "max_model_len",
         )  # fmt: skip
-    return Resolved(device, dtype, block_size, num_blocks, max_len, max_num_seqs, max_batched, depth=1 if gpu else 0)
+    return Resolved(
+        device, dtype, block_size, num_blocks, max_len, max_num_seqs, max_batched, 1 if gpu else 0,
+        stays_packed(config, files, model),
+    )  # fmt: skip
 
 
 def _device(config: EngineConfig) -> torch.device:

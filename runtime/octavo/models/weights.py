@@ -36,6 +36,10 @@ class WeightReader(Protocol):
     def copy_into(self, name: str, dest: torch.Tensor) -> None:
         """Copy one tensor into `dest`, converting its dtype. `ModelFileError` if it is missing or shapes differ."""
 
+    def blocks(self, name: str) -> tuple[torch.Tensor, str] | None:
+        """The blocks of a quantised matrix as they are in the file, uint8 `[rows, bytes of a row]`, and their type;
+        None where there are none that the kernels for packed weights know."""
+
     def close(self) -> None: ...
 
     def __enter__(self) -> Self: ...
@@ -59,6 +63,9 @@ class _Reader:
     """What all readers share: the context manager and the errors."""
 
     place = ""
+
+    def blocks(self, name: str) -> tuple[torch.Tensor, str] | None:
+        return None
 
     def close(self) -> None:
         return
@@ -241,6 +248,21 @@ class GGUFWeights(_Reader):
             raise UnsupportedModelError(
                 f"type {info.type_name} is not implemented", file=self.place, field=name
             ) from error
+
+    def blocks(self, name: str) -> tuple[torch.Tensor, str] | None:
+        info = self._where.get(name)
+        if info is None:
+            raise self._missing(name)
+        if info.type_name not in ("Q4_0", "Q4_1", "Q8_0") or len(info.shape) != 2:
+            return None
+        rows = _bytes_of(self._file, info).view(info.shape[0], -1)
+        heads = self._heads.get(name.split(".")[-2], 0)
+        if heads:
+            if info.shape[0] % (2 * heads):
+                raise ModelFileError(f"{info.shape[0]} rows do not divide into {heads} heads", self.place, name)
+            # stored [head, pair, half], wanted [head, half, pair]
+            rows = rows.view(heads, -1, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
+        return rows, info.type_name
 
     def close(self) -> None:
         self._where = {}

@@ -1,0 +1,90 @@
+"""Turns a module of kernels into machine code for this processor, once: the object is kept on disk by its content.
+
+No compiler needs to be installed: LLVM comes with llvmlite, and what it makes is loaded into the process.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16")
+"""What the kernels of this folder are written for (AMD since Zen 4, Intel since Cooper Lake and Sapphire Rapids)."""
+
+
+@functools.cache
+def available() -> bool:
+    """These kernels run here: llvmlite is installed and the processor has what they need."""
+    if sys.platform != "linux":
+        return False
+    try:
+        import llvmlite.binding  # noqa: F401
+    except (ImportError, OSError):
+        return False
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return set(NEEDED) <= set(line.split())
+    return False
+
+
+class Library:
+    """The compiled kernels of one module. They live as long as this object does."""
+
+    def __init__(self, make_module: Callable[[], Any], *, cache: Path | None) -> None:
+        import llvmlite.binding as llvm
+
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        machine = llvm.Target.from_default_triple().create_target_machine(
+            cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+        )
+        text = str(make_module())
+        made_for = f"{llvm.llvm_version_info} {llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}"
+        name = hashlib.blake2b(f"{made_for}\n{text}".encode(), digest_size=16).hexdigest() + ".o"
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+        code = _read(cache / name) if cache else None
+        if code is None:
+            code = _compile(llvm, machine, text)
+            if cache:
+                _write(cache / name, code)
+        self._engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(code))
+        self._engine.finalize_object()
+
+    def address(self, name: str) -> int:
+        found: int = self._engine.get_function_address(name)
+        if not found:
+            raise KeyError(name)
+        return found
+
+
+def _compile(llvm: Any, machine: Any, text: str) -> bytes:
+    module = llvm.parse_assembly(text)
+    module.verify()
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    passes.getModulePassManager().run(module, passes)
+    code: bytes = machine.emit_object(module)
+    return code
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def _write(path: Path, code: bytes) -> None:
+    """In one rename, so that nobody reads half an object. A cache that cannot be written costs a second a start."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as part:
+            part.write(code)
+        os.replace(part.name, path)

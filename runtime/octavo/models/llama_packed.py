@@ -1,0 +1,290 @@
+"""The Llama family on the CPU with the weights kept in the bits of a GGUF file: one program a step.
+
+Used by `execute.build` instead of `llama.LlamaFamily` where the kernels run (`kernels/octavo_kernels/cpu`). A step is
+a list of kernels that all threads run from one call: embedding, then for each layer norm, QKV, rotation and cache,
+attention, output, norm, gate and up, SiLU, down. Weights of other types than Q4_0, Q4_1 and Q8_0 become Q8_0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from octavo.attention.base import AttentionBackend, PreparedAttention
+from octavo.execute.context import ForwardContext, KVCache, StepInputs
+from octavo.layers.rope import cos_sin_table
+from octavo.models.config import ModelConfig
+from octavo.models.weights import WeightReader
+
+if TYPE_CHECKING:
+    from octavo_kernels.cpu.linear import Packed
+    from octavo_kernels.cpu.program import Program
+
+_Step = tuple[str, Sequence[int | torch.Tensor | None]]
+"""A kernel's name and its arguments."""
+CACHE_BLOCK = 32
+LOGIT_ROWS = 64
+"""Rows whose logits are computed at once."""
+
+
+def supports(config: ModelConfig) -> bool:
+    """The sizes fit the kernels: everything in whole blocks of 32 values, no biases but those of QKV."""
+    sizes = (config.hidden_size, config.intermediate_size, config.head_dim, config.num_heads * config.head_dim)
+    return not any(size % 32 for size in sizes) and not config.o_bias and not config.mlp_bias
+
+
+class ProgramAttention(AttentionBackend):
+    """The attention is part of the program: there is nothing to prepare."""
+
+    default_block_size = CACHE_BLOCK
+
+    def prepare(self, inputs: StepInputs) -> PreparedAttention:
+        return _InProgram()
+
+
+class _InProgram(PreparedAttention):
+    def attend(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, scale: float, window: int
+    ) -> torch.Tensor:
+        raise RuntimeError("the attention of a packed model runs in its program")
+
+
+@dataclass(slots=True)
+class _Layer:
+    qkv: Packed
+    out: Packed
+    gate_up: Packed
+    down: Packed
+    attention_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+    bias: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+
+
+class PackedLlama:
+    """`max_tokens`: the most that a step has; `kv`: the cache that the program writes to and reads from."""
+
+    def __init__(
+        self, config: ModelConfig, reader: WeightReader, kv: KVCache, *, max_len: int, max_tokens: int, cache: Path,
+        progress: Callable[[str, int, int | None], None] | None = None,
+    ) -> None:  # fmt: skip
+        from octavo_kernels.cpu import program
+        from octavo_kernels.cpu.compiler import Library
+
+        self.config, self._kv = config, kv
+        self._layers: list[_Layer] = []
+        for index in range(config.num_layers):
+            self._layers.append(_load_layer(reader, config, index))
+            if progress is not None:
+                progress("loading", index + 1, config.num_layers + 1)
+        self._embedding = _pack(reader, ("model.embed_tokens",), kind="Q8_0")
+        self._head = self._embedding if config.tie_word_embeddings else _pack(reader, ("lm_head",))
+        self._final_norm = _vector(reader, "model.norm.weight", config.hidden_size)
+        if progress is not None:
+            progress("loading", config.num_layers + 1, config.num_layers + 1)
+        self._cos_sin = cos_sin_table(config, max_len, torch.device("cpu"))
+        self._tile = max(1, 6 // (config.num_heads // config.num_kv_heads))
+        self._kernels = _Kernels(config, self._tile)
+        self._buffers = _Buffers(config, max_tokens, self._head.outputs)
+        forward, logits = self._forward_steps(), self._logits_steps()
+        self._library = Library(self._kernels.module, cache=cache)
+        self._forward, self._logits = self._program(forward), self._program(logits)
+        self._team = program.Team(self._library.address(program.RUN), torch.get_num_threads())
+
+    # ---------------------------------------------------------------- what the runner calls
+
+    def forward(self, context: ForwardContext) -> torch.Tensor:
+        inputs, tokens = context.inputs, context.inputs.input_ids.shape[0]
+        counts = inputs.counts
+        if inputs.max_query_len == 1:
+            rows = inputs.rows
+            items = np.ones((tokens, 2), dtype=np.int32)
+            items[:, 0] = np.arange(tokens)
+        else:
+            rows = torch.repeat_interleave(inputs.rows, torch.tensor(counts), output_size=tokens)
+            listed, first = [], 0
+            for count in counts:
+                listed += [(first + at, min(self._tile, count - at)) for at in range(0, count, self._tile)]
+                first += count
+            items = np.array(listed, dtype=np.int32)
+        table = inputs.block_table
+        step = torch.tensor([
+            tokens, inputs.input_ids.data_ptr(), inputs.positions.data_ptr(), inputs.slots.data_ptr(), rows.data_ptr(),
+            items.ctypes.data, len(items), table.data_ptr(), table.stride(0),
+        ])  # fmt: skip
+        self._team.run(self._forward, step)
+        return self._buffers.hidden[:tokens]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[S, hidden] -> [S, V] float32. Up to `LOGIT_ROWS` rows share a buffer, which the next call writes again."""
+        if len(hidden) > LOGIT_ROWS:
+            return torch.cat([self.logits(part).clone() for part in torch.split(hidden, LOGIT_ROWS)])
+        buffers = self._buffers
+        buffers.chosen[: len(hidden)].copy_(hidden)
+        self._team.run(self._logits, torch.tensor([len(hidden)]))
+        return buffers.logits[: len(hidden), : self.config.vocab_size]
+
+    # ---------------------------------------------------------------- the programs
+
+    def _program(self, steps: Sequence[_Step]) -> Program:
+        from octavo_kernels.cpu.program import Program
+
+        return Program([(self._library.address(name), args) for name, args in steps])
+
+    def _product(self, packed: Packed, y: torch.Tensor, *, add: bool = False) -> _Step:
+        name, b = self._kernels.product(packed, add=add), self._buffers
+        return name, [packed.quants, packed.scales, packed.minima, b.bytes, b.planes, y, packed.outputs]
+
+    def _forward_steps(self) -> list[_Step]:
+        b, kernels, layers = self._buffers, self._kernels, self._layers
+        steps: list[_Step] = [
+            (kernels.embed(), [self._embedding.quants, self._embedding.scales, b.residual])
+        ]
+        for index, layer in enumerate(layers):
+            keys, values = self._kv.keys[index], self._kv.values[index]
+            steps += [
+                (kernels.norm(quantised=True), [b.residual, layer.attention_norm, b.bytes, b.planes]),
+                self._product(layer.qkv, b.qkv),
+                (kernels.rotate(), [
+                    b.qkv, self._cos_sin, b.queries, keys, values, layer.bias, layer.q_norm, layer.k_norm
+                ]),
+                (kernels.attention(self.config.layer_windows[index]), [b.queries, keys, values, b.bytes, b.planes]),
+                self._product(layer.out, b.residual, add=True),
+                (kernels.norm(quantised=True), [b.residual, layer.mlp_norm, b.bytes, b.planes]),
+                self._product(layer.gate_up, b.gate_up),
+                (kernels.gate(), [b.gate_up, b.bytes, b.planes]),
+                self._product(layer.down, b.residual, add=True),
+            ]
+        return [*steps, (kernels.norm(quantised=False), [b.residual, self._final_norm, b.hidden])]
+
+    def _logits_steps(self) -> list[_Step]:
+        b = self._buffers
+        quantise = (self._kernels.quantise(), [b.chosen, b.bytes, b.planes])
+        return [quantise, self._product(self._head, b.logits)]
+
+
+class _Buffers:
+    """Activations of a step. Memory is taken when it is first touched, so a short step costs little."""
+
+    def __init__(self, config: ModelConfig, tokens: int, outputs: int) -> None:
+        def zeros(*shape: int, dtype: type = np.float32) -> torch.Tensor:
+            return torch.from_numpy(np.zeros(shape, dtype=dtype))
+
+        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        widest = max(config.hidden_size, config.intermediate_size, heads * dim)
+        rows = max(tokens, LOGIT_ROWS)
+        self.residual, self.hidden = zeros(tokens, config.hidden_size), zeros(tokens, config.hidden_size)
+        self.qkv = zeros(tokens, (heads + 2 * kv_heads) * dim)
+        self.queries = zeros(tokens, heads * dim, dtype=np.int16)
+        self.gate_up = zeros(tokens, 2 * config.intermediate_size)
+        self.bytes, self.planes = zeros(rows, widest, dtype=np.int8), zeros(rows, 3 * widest // 32)
+        self.chosen, self.logits = zeros(LOGIT_ROWS, config.hidden_size), zeros(LOGIT_ROWS, outputs)
+
+
+class _Kernels:
+    """The kernels that a model needs, each written once, by name."""
+
+    def __init__(self, config: ModelConfig, tile: int) -> None:
+        from llvmlite import ir
+        from octavo_kernels.cpu import decoder, linear, program
+
+        self._config, self._tile, self._decoder, self._linear = config, tile, decoder, linear
+        self._module = ir.Module("octavo")
+        self._names: set[str] = set()
+        program.run_program(self._module)
+
+    def module(self) -> object:
+        return self._module
+
+    def _once(self, name: str, write: Callable[[], None]) -> str:
+        if name not in self._names:
+            self._names.add(name)
+            write()
+        return name
+
+    def product(self, packed: Packed, *, add: bool) -> str:
+        minima = packed.minima is not None
+        name = f"multiply_{packed.bits}_{packed.inputs}_{packed.zero}_{'add' if add else 'set'}"
+        return self._once(name, lambda: self._linear.multiply(
+            self._module, name, packed.bits, packed.inputs, minima=minima, zero=packed.zero, add=add
+        ))  # fmt: skip
+
+    def quantise(self) -> str:
+        size = self._config.hidden_size
+        return self._once("quantise", lambda: self._linear.quantise_rows(self._module, "quantise", size))
+
+    def embed(self) -> str:
+        return self._once("embed", lambda: self._decoder.embed(self._module, "embed", self._config.hidden_size))
+
+    def norm(self, *, quantised: bool) -> str:
+        name = "norm_quantised" if quantised else "norm"
+        return self._once(name, lambda: self._decoder.norm(
+            self._module, name, self._config.hidden_size, self._config.rms_norm_eps, quantised=quantised
+        ))  # fmt: skip
+
+    def rotate(self) -> str:
+        bias, qk_norm = self._config.qkv_bias, self._config.qk_norm
+        return self._once("rotate", lambda: self._decoder.rotate_and_cache(
+            self._module, "rotate", self._shape(0), bias=bias, qk_norm=qk_norm
+        ))  # fmt: skip
+
+    def attention(self, window: int) -> str:
+        name = f"attention_{window}"
+        return self._once(name, lambda: self._decoder.attention(self._module, name, self._shape(window), self._tile))
+
+    def gate(self) -> str:
+        return self._once("gate", lambda: self._decoder.gate(self._module, "gate", self._config.intermediate_size))
+
+    def _shape(self, window: int) -> object:
+        c = self._config
+        return self._decoder.Shape(
+            c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size, c.rms_norm_eps, window
+        )
+
+
+def _vector(reader: WeightReader, name: str, size: int) -> torch.Tensor:
+    found = torch.empty(size, dtype=torch.float32)
+    reader.copy_into(name, found)
+    return found
+
+
+def _pack(reader: WeightReader, names: tuple[str, ...], kind: str | None = None) -> Packed:
+    """Matrices under each other, in their own bits if these are the same for all (and `kind`, where given)."""
+    from octavo_kernels.cpu.linear import pack, quantise_q8
+
+    blocks = [reader.blocks(f"{name}.weight") for name in names]
+    inputs = reader.shape(f"{names[0]}.weight")[1]
+    kinds = {found[1] if found else None for found in blocks}
+    if len(kinds) == 1 and None not in kinds and kind in (None, *kinds):
+        rows = [found[0] for found in blocks if found]
+        return pack(rows[0] if len(rows) == 1 else torch.cat(rows), kinds.pop() or "", inputs)
+    parts = []
+    for name in names:
+        weight = torch.empty(reader.shape(f"{name}.weight"), dtype=torch.float32)
+        reader.copy_into(f"{name}.weight", weight)
+        parts.append(quantise_q8(weight))
+    return pack(torch.cat(parts), "Q8_0", inputs)
+
+
+def _load_layer(reader: WeightReader, config: ModelConfig, index: int) -> _Layer:
+    prefix = f"model.layers.{index}."
+    attention, mlp = prefix + "self_attn.", prefix + "mlp."
+    projections = tuple(f"{attention}{part}_proj" for part in "qkv")
+    bias = None
+    if config.qkv_bias:
+        bias = torch.cat([_vector(reader, f"{name}.bias", *reader.shape(f"{name}.bias")) for name in projections])
+    norms = (f"{attention}{part}_norm.weight" if config.qk_norm else None for part in "qk")
+    q_norm, k_norm = (_vector(reader, name, config.head_dim) if name else None for name in norms)
+    return _Layer(
+        qkv=_pack(reader, projections), out=_pack(reader, (attention + "o_proj",)),
+        gate_up=_pack(reader, (mlp + "gate_proj", mlp + "up_proj")), down=_pack(reader, (mlp + "down_proj",)),
+        attention_norm=_vector(reader, prefix + "input_layernorm.weight", config.hidden_size),
+        mlp_norm=_vector(reader, prefix + "post_attention_layernorm.weight", config.hidden_size),
+        bias=bias, q_norm=q_norm, k_norm=k_norm,
+    )  # fmt: skip
