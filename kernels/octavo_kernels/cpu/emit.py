@@ -116,6 +116,11 @@ class Code:
     def store(self, value: Value, base: Value, offset: Value) -> None:
         self.b.store(value, self.at(base, offset), align=1)
 
+    def prefetch(self, base: Value, offset: Value) -> None:
+        """Fetch a cache line that will be read soon. An address outside of everything does no harm."""
+        hint = [ir.Constant(i32, value) for value in (0, 3, 1)]  # to read, into the first cache, data
+        self.call("llvm.prefetch.p0", ir.VoidType(), self.at(base, offset), *hint)
+
     def load_int(self, base: Value, offset: Value) -> Value:
         """A signed 32-bit integer, as 64 bits."""
         return self.b.sext(self.load(base, offset, i32), i64)

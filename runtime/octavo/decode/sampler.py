@@ -13,6 +13,7 @@ import torch
 from octavo_kernels import gumbel_sample, top_k_top_p_min_p
 
 from octavo.decode.row import RowSampling
+from octavo.execute.rows import most_likely
 from octavo.execute.table import FLOATS, RowTable
 from octavo.execute.transfer import to_device
 
@@ -38,12 +39,6 @@ def logprobs_of(logprobs: torch.Tensor, tokens: torch.Tensor, count: int) -> Dev
     ranks = (logprobs > chosen).sum(dim=1) + 1
     top, top_ids = logprobs.topk(count, dim=1)
     return DeviceLogprobs(chosen[:, 0], ranks, top_ids, top)
-
-
-def most_likely(logits: torch.Tensor) -> torch.Tensor:
-    """[S, V] -> [S] int64. `max` instead of `argmax`: 1.3 ms against 5.7 ms for 64 rows of 49152 bfloat16 logits on the
-    CPU."""
-    return logits.max(dim=-1).indices
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from octavo.decode.sampler import DeviceLogprobs, Sampled, Sampler, logprobs_of
 from octavo.engine.plan import StepPlan
 from octavo.execute.context import ForwardContext, KVCache, StepInputs
 from octavo.execute.result import StepResult
+from octavo.execute.rows import not_finite, take
 from octavo.execute.table import RowTable
 
 PROMPT_LOGPROB_TILE = 256
@@ -66,8 +67,7 @@ class Runner:
         last = [ends[entry] for entry in sampling]
         packed = table.send([*host_rows, *lengths, *last, *last[:1] * padding], torch.int64)
         rows, positions, chosen = torch.split(packed, [size, size, size + padding])
-        states = hidden.index_select(0, chosen)
-        logits = self.model.logits(states)[:size]
+        logits = self.model.logits(take(hidden, chosen))[:size]
         sampled = self.sampler.sample(logits, rows, self._sampling(host_rows), host_rows, lengths, positions)
         table.tokens.index_put_((rows, positions), sampled.tokens.clamp_min(0).to(torch.int32))
         return sampled
@@ -99,7 +99,7 @@ class Runner:
 def _broken(inputs: StepInputs, hidden: torch.Tensor) -> torch.Tensor:
     """[B] bool: some state of this step is not finite. Asked of every step, not only of those that sample: keys and
     values of a broken chunk must be found out before anybody else gets their blocks."""
-    bad = hidden.isfinite().all(dim=-1).logical_not_()
+    bad = not_finite(hidden)
     if inputs.max_query_len == 1:
         return bad[: len(inputs.counts)]
     before = F.pad(bad.cumsum(0), (1, 0)).index_select(0, inputs.query_start)

@@ -1,0 +1,37 @@
+"""What a step asks of rows of states and logits. Used by the runner and the sampler.
+
+On the CPU in float32, numpy does it on the engine's own thread: torch would wake its other threads, which then spin for
+milliseconds on the cores that the next program runs on. 64 rows: steps of 60 ms became 50, and the largest of 49152
+logits a row took 1.5 ms instead of 1.9.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def _on_host(values: torch.Tensor) -> bool:
+    return values.device.type == "cpu" and values.dtype == torch.float32
+
+
+def not_finite(states: torch.Tensor) -> torch.Tensor:
+    """[T, hidden] -> [T] bool: some value is NaN or infinite."""
+    if _on_host(states):
+        array = states.numpy()
+        return torch.from_numpy(~(abs(array).max(axis=-1) < float("inf")))  # a NaN makes the maximum NaN
+    return states.isfinite().all(dim=-1).logical_not_()
+
+
+def take(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[T, hidden], [S] int64 -> [S, hidden]."""
+    if _on_host(states):
+        return torch.from_numpy(states.numpy().take(rows.numpy(), axis=0))
+    return states.index_select(0, rows)
+
+
+def most_likely(logits: torch.Tensor) -> torch.Tensor:
+    """[S, V] -> [S] int64, the first of equals. `max` instead of `argmax`: 1.3 ms against 5.7 for 64 rows of 49152
+    bfloat16 logits on the CPU."""
+    if _on_host(logits):
+        return torch.from_numpy(logits.numpy().argmax(axis=-1))
+    return logits.max(dim=-1).indices
