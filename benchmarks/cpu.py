@@ -10,8 +10,7 @@ own, one after the other, `rounds` times; the medians are compared. Start-up is 
 to the first token, from the cache.
 
 The physical limit beside the figure: a step reads every weight once and multiplies `rows` tokens with it, so tokens/s
-cannot exceed rows / max(bytes / bandwidth, operations / rate), with bandwidth and rate measured here by a copy and a
-product.
+cannot exceed rows / max(bytes / bandwidth, operations / rate), with both measured by `octavo.cli.bench`.
 """
 
 from __future__ import annotations
@@ -54,7 +53,12 @@ def run_octavo(model: str, requests: int, dtype: str) -> dict[str, Any]:
     llm.generate(work[0][0], SamplingParams(temperature=0, ignore_eos=True, max_tokens=64))
     single = 64 / (time.perf_counter() - began)
     result = {"tokens": tokens, "seconds": seconds, "rate": tokens / seconds, "single": single, "ready": ready}
-    result["dtype"] = llm.engine.limits.dtype
+    from octavo.cli.bench import machine_limits
+
+    machine = machine_limits(llm)
+    limits = {"bandwidth": machine.bandwidth, "rate": machine.products}
+    limits |= {"single": machine.rate(1), "batched_64": machine.rate(64)}
+    result |= {"weights": llm.engine.limits.weights, "limits": limits}
     llm.close()
     return result
 
@@ -89,37 +93,6 @@ def run_transformers(model: str, requests: int, dtype: str, batch: int) -> dict[
     tokens = sum(generate(work[start : start + batch]) for start in range(0, len(work), batch))
     seconds = time.perf_counter() - began
     return {"tokens": tokens, "seconds": seconds, "rate": tokens / seconds, "dtype": dtype, "batch": batch}
-
-
-def machine_limits(model: str, dtype: str) -> dict[str, float]:
-    """Copy bandwidth (bytes/s, read and written), product rate (operations/s), and what they allow for this model."""
-    import torch
-    from octavo.execute.build import weight_count
-    from octavo.models.config import load_config
-    from octavo.models.sources import resolve
-
-    def best(action: Any, repeats: int = 5) -> float:
-        times = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            action()
-            times.append(time.perf_counter() - began)
-        return min(times)
-
-    source = torch.zeros(2**26, dtype=torch.float32)
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.nbytes / best(lambda: target.copy_(source))
-    a = torch.randn(1024, 2048).to(getattr(torch, dtype))
-    b = torch.randn(4096, 2048).to(getattr(torch, dtype))
-    rate = 2 * 1024 * 2048 * 4096 / best(lambda: torch.nn.functional.linear(a, b))
-    weights = weight_count(load_config(resolve(model)))
-    size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
-    return {
-        "bandwidth": bandwidth,
-        "rate": rate,
-        "single": bandwidth / (weights * size),
-        "batched_64": 64 / max(weights * size / bandwidth, 2 * 64 * weights / rate),
-    }
 
 
 def in_process(arguments: list[str]) -> dict[str, Any]:
@@ -166,20 +139,20 @@ def main() -> None:
         octavo.append(ours())
         if number + 1 < given.rounds:
             peer.append(theirs(best["dtype"], best["batch"]))
-    limits = machine_limits(given.model, octavo[0]["dtype"])
+    limits = octavo[-1]["limits"]
     rate = statistics.median(run["rate"] for run in octavo)
     peer_rate = statistics.median(run["rate"] for run in peer)
     print(f"\n{given.requests} requests at once, {octavo[0]['tokens']} output tokens, {given.model}\n")
     for run in tried:
         print(f"transformers {run['dtype']:>9} batch {run['batch']:>3}   {run['rate']:8.1f} tokens/s")
     print(f"transformers best, median          {peer_rate:8.1f} tokens/s")
-    print(f"octavo {octavo[0]['dtype']:>15}, median    {rate:8.1f} tokens/s", end="   ")
+    print(f"octavo {octavo[0]['weights']:>15}, median    {rate:8.1f} tokens/s", end="   ")
     print(f"limit {limits['batched_64']:8.0f} at 64 rows")
     single = statistics.median(run["single"] for run in octavo)
     print(f"octavo one request                 {single:8.1f} tokens/s   limit {limits['single']:8.0f}")
     print(f"octavo start to first token        {statistics.median(run['ready'] for run in octavo):8.2f} s")
     print(f"ratio octavo / transformers        {rate / peer_rate:8.2f}")
-    print(f"(copy {limits['bandwidth'] / 1e9:.1f} GB/s, product {limits['rate'] / 1e9:.0f} GFLOP/s)")
+    print(f"(read {limits['bandwidth'] / 1e9:.1f} GB/s, products {limits['rate'] / 1e9:.0f} GOP/s)")
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         report = {"octavo": octavo, "transformers": tried, "limits": limits, "ratio": rate / peer_rate}

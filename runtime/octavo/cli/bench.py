@@ -31,7 +31,7 @@ class Report:
 
     model: str
     device: str
-    dtype: str
+    weights: str
     threads: int
     seconds_to_ready: float
     prompt_tokens: int
@@ -47,7 +47,7 @@ class Report:
     """What bandwidth and products would allow for the decoding alone."""
     bandwidth: float
     products_per_second: float
-    """Floating-point operations, a multiplication and an addition being two."""
+    """Operations, a multiplication and an addition being two."""
     weight_bytes: int
     memory_bytes: int | None
     """Peak resident memory of this process; of the device on a GPU."""
@@ -83,9 +83,7 @@ def measure(llm: LLM, model: str, requests: int, prompt_tokens: int, output_toke
     """Run everything on an idle `llm` and return the figures."""
     import torch
 
-    from octavo.execute.build import weight_count
-
-    limits, config = llm.engine.limits, llm.engine.model_config
+    limits = llm.engine.limits
     source = random.Random(0)
 
     def prompt() -> list[int]:
@@ -105,19 +103,41 @@ def measure(llm: LLM, model: str, requests: int, prompt_tokens: int, output_toke
     llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
     batched = requests * output_tokens / (time.perf_counter() - began)
 
-    on, kind = torch.device(limits.device), getattr(torch, limits.dtype)
-    parameters = weight_count(config)
-    held = parameters * torch.empty(0, dtype=kind).element_size()
-    bandwidth, products = measure_bandwidth(on), measure_products(on, kind)
-
-    def limit(rows: int) -> float:
-        return rows / max(held / bandwidth, 2 * parameters * rows / products)
-
+    on, machine = torch.device(limits.device), machine_limits(llm)
     return Report(
-        model, limits.device, limits.dtype, torch.get_num_threads(), llm.engine.seconds_to_ready, prompt_tokens,
-        output_tokens, requests, first, 1 / step, batched, limit(1), limit(requests), bandwidth, products, held,
+        model, limits.device, limits.weights, torch.get_num_threads(), llm.engine.seconds_to_ready, prompt_tokens,
+        output_tokens, requests, first, 1 / step, batched, machine.rate(1), machine.rate(requests), machine.bandwidth,
+        machine.products, machine.weight_bytes,
         torch.cuda.max_memory_allocated(on) if on.type == "cuda" else peak_memory(),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class MachineLimits:
+    """What a device can do, measured, and what a step asks of it."""
+
+    bandwidth: float
+    products: float
+    weight_bytes: int
+    parameters: int
+
+    def rate(self, rows: int) -> float:
+        """Tokens a second that steps of so many rows can make at most."""
+        return rows / max(self.weight_bytes / self.bandwidth, 2 * self.parameters * rows / self.products)
+
+
+def machine_limits(llm: LLM) -> MachineLimits:
+    """Measured on the device of `llm`, in the type that its products have: 8-bit integers where weights stay packed."""
+    import torch
+
+    from octavo.execute.build import weight_count
+
+    limits, parameters = llm.engine.limits, weight_count(llm.engine.model_config)
+    on, kind = torch.device(limits.device), getattr(torch, limits.dtype)
+    held = parameters * torch.empty(0, dtype=kind).element_size()
+    if limits.packed:
+        kind, held = torch.int8, llm.engine.files.path.stat().st_size
+    return MachineLimits(measure_bandwidth(on), measure_products(on, kind), held, parameters)
 
 
 def measure_bandwidth(device: object) -> float:
@@ -129,13 +149,14 @@ def measure_bandwidth(device: object) -> float:
 
 
 def measure_products(device: object, dtype: object) -> float:
-    """Floating-point operations a second in one large product."""
+    """Operations a second in one large product."""
     import torch
 
     side = 8192 if str(device).startswith("cuda") else 2048
     a = torch.ones(side, side, dtype=dtype, device=device)  # type: ignore[call-overload]
     b = torch.ones(side, side, dtype=dtype, device=device)  # type: ignore[call-overload]
-    return float(2 * side**3 / _best(lambda: a @ b))
+    multiply = torch._int_mm if dtype == torch.int8 else torch.matmul
+    return float(2 * side**3 / _best(lambda: multiply(a, b)))
 
 
 def _best(function: Callable[[], object]) -> float:
@@ -166,7 +187,7 @@ def _print(report: Report) -> None:
 
     out = console()
     out.print(
-        f"[bold]{report.model}[/bold] on {report.device}, {report.dtype}, {report.threads} threads; "
+        f"[bold]{report.model}[/bold] on {report.device}, {report.weights}, {report.threads} threads; "
         f"{report.prompt_tokens} tokens in, {report.output_tokens} out\n"
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -185,6 +206,6 @@ def _print(report: Report) -> None:
     out.print(table)
     out.print(
         f"\n[dim]limit: {size(report.weight_bytes)} of weights are read once a step; this machine reads "
-        f"{size(report.bandwidth)}/s and multiplies {report.products_per_second / 1e9:.0f} GFLOP/s (both measured)."
+        f"{size(report.bandwidth)}/s and multiplies {report.products_per_second / 1e9:.0f} GOP/s (both measured)."
         "[/dim]"
     )

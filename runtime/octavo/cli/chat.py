@@ -208,7 +208,7 @@ class Session:
             f"KV cache: {stats.blocks_total} blocks of {limits.block_size} tokens; {stats.blocks_used} used, "
             f"{stats.blocks_cached} cached, {stats.blocks_free} free"
         )
-        print(f"engine: {limits.device}, {limits.dtype}, {stats.steps} steps, {stats.preemptions} preemptions")
+        print(f"engine: {limits.device}, {limits.weights}, {stats.steps} steps, {stats.preemptions} preemptions")
         used = _resident()
         if used:
             print(f"memory of this process: {size(used)}")

@@ -26,7 +26,7 @@ def demo(model: Model = DEFAULT, debug: Debug = False) -> None:
         engine = llm.engine
         limits = engine.limits
         out.print(
-            f"[bold]{model}[/bold] on {limits.device} in {limits.dtype}, ready in {engine.seconds_to_ready:.1f} s, "
+            f"[bold]{model}[/bold] on {limits.device}, {limits.weights}, ready in {engine.seconds_to_ready:.1f} s, "
             f"a KV cache of {(limits.num_blocks - 1) * limits.block_size} tokens\n"
         )
         out.print(f"[bold cyan]>[/bold cyan] {QUESTION}\n")

@@ -34,6 +34,11 @@ class Limits:
     packed: bool
     """The weights stay in the bits of their GGUF file (see `models/llama_packed.py`)."""
 
+    @property
+    def weights(self) -> str:
+        """How the weights are held, for a report."""
+        return "packed weights" if self.packed else self.dtype
+
 
 @dataclass(slots=True)
 class Engine:

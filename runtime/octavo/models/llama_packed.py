@@ -83,8 +83,11 @@ class PackedLlama:
             self._layers.append(_load_layer(reader, config, index))
             if progress is not None:
                 progress("loading", index + 1, config.num_layers + 1)
-        self._embedding = _pack(reader, ("model.embed_tokens",), kind="Q8_0")
-        self._head = self._embedding if config.tie_word_embeddings else _pack(reader, ("lm_head",))
+        vocabulary, hidden = config.vocab_size, config.hidden_size
+        self._embedding = _pack(reader, {"model.embed_tokens": vocabulary}, hidden, kind="Q8_0")
+        self._head = self._embedding
+        if not config.tie_word_embeddings:
+            self._head = _pack(reader, {"lm_head": vocabulary}, hidden)
         self._final_norm = _vector(reader, "model.norm.weight", config.hidden_size)
         if progress is not None:
             progress("loading", config.num_layers + 1, config.num_layers + 1)
@@ -254,37 +257,43 @@ def _vector(reader: WeightReader, name: str, size: int) -> torch.Tensor:
     return found
 
 
-def _pack(reader: WeightReader, names: tuple[str, ...], kind: str | None = None) -> Packed:
-    """Matrices under each other, in their own bits if these are the same for all (and `kind`, where given)."""
+def _pack(reader: WeightReader, parts: dict[str, int], inputs: int, kind: str | None = None) -> Packed:
+    """Matrices (name -> outputs) under each other, in their own bits if these are the same for all (and `kind`, where
+    given). The kernels believe the sizes, so a file that has others is refused here."""
     from octavo_kernels.cpu.linear import pack, quantise_q8
 
+    for name, outputs in parts.items():
+        reader.check_shape(f"{name}.weight", (outputs, inputs))
+    names = list(parts)
     blocks = [reader.blocks(f"{name}.weight") for name in names]
-    inputs = reader.shape(f"{names[0]}.weight")[1]
     kinds = {found[1] if found else None for found in blocks}
     if len(kinds) == 1 and None not in kinds and kind in (None, *kinds):
         rows = [found[0] for found in blocks if found]
         return pack(rows[0] if len(rows) == 1 else torch.cat(rows), kinds.pop() or "", inputs)
-    parts = []
-    for name in names:
-        weight = torch.empty(reader.shape(f"{name}.weight"), dtype=torch.float32)
+    made = []
+    for name, outputs in parts.items():
+        weight = torch.empty(outputs, inputs, dtype=torch.float32)
         reader.copy_into(f"{name}.weight", weight)
-        parts.append(quantise_q8(weight))
-    return pack(torch.cat(parts), "Q8_0", inputs)
+        made.append(quantise_q8(weight))
+    return pack(torch.cat(made), "Q8_0", inputs)
 
 
 def _load_layer(reader: WeightReader, config: ModelConfig, index: int) -> _Layer:
     prefix = f"model.layers.{index}."
     attention, mlp = prefix + "self_attn.", prefix + "mlp."
-    projections = tuple(f"{attention}{part}_proj" for part in "qkv")
+    hidden, inner, q = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
+    kv = config.num_kv_heads * config.head_dim
+    projections = {attention + "q_proj": q, attention + "k_proj": kv, attention + "v_proj": kv}
     bias = None
     if config.qkv_bias:
-        bias = torch.cat([_vector(reader, f"{name}.bias", *reader.shape(f"{name}.bias")) for name in projections])
+        bias = torch.cat([_vector(reader, f"{name}.bias", size) for name, size in projections.items()])
     norms = (f"{attention}{part}_norm.weight" if config.qk_norm else None for part in "qk")
     q_norm, k_norm = (_vector(reader, name, config.head_dim) if name else None for name in norms)
     return _Layer(
-        qkv=_pack(reader, projections), out=_pack(reader, (attention + "o_proj",)),
-        gate_up=_pack(reader, (mlp + "gate_proj", mlp + "up_proj")), down=_pack(reader, (mlp + "down_proj",)),
-        attention_norm=_vector(reader, prefix + "input_layernorm.weight", config.hidden_size),
-        mlp_norm=_vector(reader, prefix + "post_attention_layernorm.weight", config.hidden_size),
+        qkv=_pack(reader, projections, hidden), out=_pack(reader, {attention + "o_proj": hidden}, q),
+        gate_up=_pack(reader, {mlp + "gate_proj": inner, mlp + "up_proj": inner}, hidden),
+        down=_pack(reader, {mlp + "down_proj": hidden}, inner),
+        attention_norm=_vector(reader, prefix + "input_layernorm.weight", hidden),
+        mlp_norm=_vector(reader, prefix + "post_attention_layernorm.weight", hidden),
         bias=bias, q_norm=q_norm, k_norm=k_norm,
     )  # fmt: skip

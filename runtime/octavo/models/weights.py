@@ -33,6 +33,9 @@ class WeightReader(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one tensor. Raises `ModelFileError` when the model has no tensor of this name."""
 
+    def check_shape(self, name: str, wanted: tuple[int, ...]) -> None:
+        """`ModelFileError` naming both shapes where they differ."""
+
     def copy_into(self, name: str, dest: torch.Tensor) -> None:
         """Copy one tensor into `dest`, converting its dtype. `ModelFileError` if it is missing or shapes differ."""
 
@@ -79,9 +82,13 @@ class _Reader:
     def _missing(self, name: str) -> ModelFileError:
         return ModelFileError("the model has no tensor of this name", file=self.place, field=name)
 
-    def _check(self, name: str, shape: tuple[int, ...], dest: torch.Tensor) -> None:
-        if tuple(dest.shape) != shape:
-            message = f"has shape {list(shape)}, but the configuration asks for {list(dest.shape)}"
+    def shape(self, name: str) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def check_shape(self, name: str, wanted: tuple[int, ...]) -> None:
+        shape = self.shape(name)
+        if wanted != shape:
+            message = f"has shape {list(shape)}, but the configuration asks for {list(wanted)}"
             raise ModelFileError(message, file=self.place, field=name)
 
 
@@ -143,7 +150,7 @@ class SafetensorsWeights(_Reader):
 
     @torch.no_grad()
     def copy_into(self, name: str, dest: torch.Tensor) -> None:
-        self._check(name, self.shape(name), dest)
+        self.check_shape(name, tuple(dest.shape))
         source = self._where[name].tensor(name)
         if not source.is_floating_point():
             raise UnsupportedModelError(
@@ -217,7 +224,7 @@ class GGUFWeights(_Reader):
     def copy_into(self, name: str, dest: torch.Tensor) -> None:
         from octavo.models.gguf_quants import dequantised_rows
 
-        self._check(name, self.shape(name), dest)
+        self.check_shape(name, tuple(dest.shape))
         info = self._where[name]
         heads = self._heads.get(name.split(".")[-2], 0)
         rows, columns = (info.shape[0], info.shape[1]) if len(info.shape) == 2 else (1, info.shape[0])
@@ -302,7 +309,7 @@ class DummyWeights(_Reader):
     @torch.no_grad()
     def copy_into(self, name: str, dest: torch.Tensor) -> None:
         if name in self._shapes:
-            self._check(name, self._shapes[name], dest)
+            self.check_shape(name, tuple(dest.shape))
         if "norm" in name:
             dest.fill_(1.0)
         elif name.endswith(".bias"):
