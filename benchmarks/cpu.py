@@ -5,7 +5,8 @@
 Workload: all requests at once, prompts of 16..256 random tokens, outputs of 16..128, greedy, end-of-sequence ignored,
 so that both sides make exactly the same number of tokens. transformers runs its best static batching: the best of
 several batch sizes, in bfloat16 and float32, requests in order of prompt length (so that padding is small); a batch
-runs until its longest output is done, and only the tokens asked for are counted. Each side runs in a process of its
+runs until its longest output is done, and only the tokens asked for are counted. Octavo runs as it does by itself, and
+with `quantization="gguf"` where the model and the machine have it. Each side runs in a process of its
 own, one after the other, `rounds` times; the medians are compared. Start-up is measured separately: from process start
 to the first token, from the cache.
 
@@ -35,11 +36,11 @@ def workload(count: int, vocabulary: int = 40000) -> list[tuple[list[int], int]]
     ]
 
 
-def run_octavo(model: str, requests: int, dtype: str) -> dict[str, Any]:
+def run_octavo(model: str, requests: int, dtype: str, quantization: str | None) -> dict[str, Any]:
     began = time.perf_counter()
     from octavo import LLM, SamplingParams
 
-    llm = LLM(model, dtype=dtype, enable_prefix_caching=False)
+    llm = LLM(model, dtype=dtype, quantization=quantization, enable_prefix_caching=False)
     next(iter(llm.stream([1, 2, 3], SamplingParams(max_tokens=1))))
     ready = time.perf_counter() - began
     work = workload(requests)
@@ -113,12 +114,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batches", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantization", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--side", choices=("octavo", "transformers"), help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=64, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.side == "octavo":
-        print(json.dumps(run_octavo(given.model, given.requests, given.dtype)))
+        print(json.dumps(run_octavo(given.model, given.requests, given.dtype, given.quantization)))
         return
     if given.side == "transformers":
         print(json.dumps(run_transformers(given.model, given.requests, given.dtype, given.batch)))
@@ -126,37 +128,50 @@ def main() -> None:
 
     common = ["--model", given.model, "--requests", str(given.requests)]
 
-    def ours() -> dict[str, Any]:
-        return in_process(["--side", "octavo", *common, "--dtype", given.dtype])
+    def ours(kind: str | None) -> dict[str, Any]:
+        quantization = ["--quantization", kind] if kind else []
+        return in_process(["--side", "octavo", *common, "--dtype", given.dtype, *quantization])
 
     def theirs(dtype: str, batch: int) -> dict[str, Any]:
         return in_process(["--side", "transformers", *common, "--dtype", dtype, "--batch", str(batch)])
 
+    kinds = [None, "gguf"] if keeps_bits(given.model) else [None]
     tried = [theirs(dtype, batch) for dtype in ("bfloat16", "float32") for batch in given.batches]
     best = max(tried, key=lambda run: run["rate"])
-    octavo, peer = [], [best]
+    octavo: dict[str | None, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+    peer = [best]
     for number in range(given.rounds):
-        octavo.append(ours())
+        for kind in kinds:
+            octavo[kind].append(ours(kind))
         if number + 1 < given.rounds:
             peer.append(theirs(best["dtype"], best["batch"]))
-    limits = octavo[-1]["limits"]
-    rate = statistics.median(run["rate"] for run in octavo)
     peer_rate = statistics.median(run["rate"] for run in peer)
-    print(f"\n{given.requests} requests at once, {octavo[0]['tokens']} output tokens, {given.model}\n")
+    print(f"\n{given.requests} requests at once, {best['tokens']} output tokens, {given.model}\n")
     for run in tried:
         print(f"transformers {run['dtype']:>9} batch {run['batch']:>3}   {run['rate']:8.1f} tokens/s")
     print(f"transformers best, median          {peer_rate:8.1f} tokens/s")
-    print(f"octavo {octavo[0]['weights']:>15}, median    {rate:8.1f} tokens/s", end="   ")
-    print(f"limit {limits['batched_64']:8.0f} at 64 rows")
-    single = statistics.median(run["single"] for run in octavo)
-    print(f"octavo one request                 {single:8.1f} tokens/s   limit {limits['single']:8.0f}")
-    print(f"octavo start to first token        {statistics.median(run['ready'] for run in octavo):8.2f} s")
-    print(f"ratio octavo / transformers        {rate / peer_rate:8.2f}")
-    print(f"(read {limits['bandwidth'] / 1e9:.1f} GB/s, products {limits['rate'] / 1e9:.0f} GOP/s)")
+    report: dict[str, Any] = {"transformers": tried, "peer": peer, "octavo": octavo, "ratio": {}}
+    for runs in octavo.values():
+        rate, single, ready = (statistics.median(run[name] for run in runs) for name in ("rate", "single", "ready"))
+        weights, limits = runs[-1]["weights"], runs[-1]["limits"]
+        report["ratio"][weights] = rate / peer_rate
+        print(f"\noctavo, {weights}")
+        print(f"  all requests, median             {rate:8.1f} tokens/s   limit {limits['batched_64']:6.0f} at 64 rows")
+        print(f"  over transformers                {rate / peer_rate:8.2f}")
+        print(f"  one request                      {single:8.1f} tokens/s   limit {limits['single']:6.0f}")
+        print(f"  start to first token             {ready:8.2f} s")
+        print(f"  (read {limits['bandwidth'] / 1e9:.1f} GB/s, products {limits['rate'] / 1e9:.0f} GOP/s)")
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        report = {"octavo": octavo, "transformers": tried, "limits": limits, "ratio": rate / peer_rate}
         given.out.write_text(json.dumps(report, indent=1))
+
+
+def keeps_bits(model: str) -> bool:
+    """`quantization="gguf"` runs with this model on this machine."""
+    from octavo.models.sources import resolve
+    from octavo_kernels.cpu.compiler import available
+
+    return available() and resolve(model).format == "gguf"
 
 
 if __name__ == "__main__":

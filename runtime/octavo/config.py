@@ -37,6 +37,9 @@ class EngineConfig:
     dtype: str = "auto"
     """Type of weights and activations. "auto": the model's on a GPU, bfloat16 on CPUs that multiply it natively, else
     float32."""
+    quantization: str | None = None
+    """"gguf" keeps the weights of a GGUF file in the file's own bits, on CPUs with AVX512-VNNI and AVX512-BF16: several
+    times faster, with activations rounded to 8 bits. None: weights have the type `dtype`."""
     max_model_len: int | None = None
     """Longest prompt plus output in tokens. Default: what the model was made for, as far as the KV cache holds it."""
     block_size: int | None = None
@@ -64,6 +67,11 @@ class EngineConfig:
             raise ConfigError("model must be a folder, a GGUF file or a model id, e.g. 'Qwen/Qwen3-0.6B'", "model")
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("dtype", self.dtype, DTYPES)
+        if self.quantization not in (None, "gguf"):
+            raise ConfigError(
+                f"quantization={self.quantization!r} is not supported yet: leave it out, or use 'gguf' for a GGUF file",
+                "quantization",
+            )  # fmt: skip
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", self.device):
             raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {self.device!r}", "device")
         for name in ("revision", "token"):
@@ -111,7 +119,6 @@ _NOT_YET: dict[str, tuple[object, ...]] = {
     "tensor_parallel_size": (1, None),
     "pipeline_parallel_size": (1, None),
     "data_parallel_size": (1, None),
-    "quantization": (None,),
     "kv_cache_dtype": ("auto", None),
     "speculative_config": (None,),
     "enable_lora": (False, None),

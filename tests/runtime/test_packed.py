@@ -15,7 +15,7 @@ from core_driver import Driver, stacked_logits
 from files_fixtures import gguf_tensors, llama_metadata, write_gguf
 from gguf.constants import GGMLQuantizationType
 from octavo import LLM, SamplingParams
-from octavo.errors import ModelFileError
+from octavo.errors import ConfigError, ModelFileError
 from octavo.models.config import load_config
 from octavo.models.sources import resolve
 from octavo_kernels.cpu.compiler import available
@@ -111,7 +111,7 @@ def test_the_default_model_chooses_what_it_chooses_in_float32(default_model: Pat
     them nearly the same probability."""
     questions = ["What is the capital of France?", "Write a haiku.", "Count from 1 to 20.", "Why is the sky blue?"]
     greedy = SamplingParams(temperature=0, max_tokens=48)
-    with LLM(str(default_model)) as llm:
+    with LLM(str(default_model), quantization="gguf") as llm:
         assert llm.engine.limits.packed
         answers = llm.chat([[{"role": "user", "content": q}] for q in questions], greedy)
         whole = [list(a.prompt_token_ids) + list(a.outputs[0].token_ids) for a in answers]
@@ -131,7 +131,15 @@ def test_the_default_model_chooses_what_it_chooses_in_float32(default_model: Pat
     assert sum(apart) / len(apart) < 0.05
 
 
-def test_a_block_size_or_a_type_that_is_asked_for_is_taken(default_model: Path) -> None:
-    for settings in ({"dtype": "bfloat16"}, {"block_size": 16}):
-        with LLM(str(default_model), **settings) as llm:
-            assert not llm.engine.limits.packed
+@pytest.mark.parametrize(("settings", "field"), [
+    ({"dtype": "float32"}, "dtype"), ({"block_size": 16}, "block_size"), ({"quantization": "GGUF"}, "quantization"),
+])  # fmt: skip
+def test_what_does_not_go_with_it_is_refused(default_model: Path, settings: dict[str, Any], field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LLM(str(default_model), **({"quantization": "gguf"} | settings))
+    assert caught.value.field == field
+
+
+def test_other_files_are_refused(tiny_model: Path) -> None:
+    with pytest.raises(ConfigError, match="needs a GGUF file"):
+        LLM(str(tiny_model), quantization="gguf")

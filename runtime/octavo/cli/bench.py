@@ -18,7 +18,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from octavo.cli.options import DEFAULT, Debug, Device, Dtype, Json, Model, Revision, UsageProblem, open_llm, sampling
+from octavo.cli.options import (
+    DEFAULT,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Quantization,
+    Revision,
+    UsageProblem,
+    open_llm,
+    sampling,
+)
 from octavo.cli.screen import console, size
 
 if TYPE_CHECKING:
@@ -62,6 +74,7 @@ def bench(
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     debug: Debug = False,
 ) -> None:
     """Measure this machine: time to first token, tokens per second alone and in a batch, memory, and the limit.
@@ -69,7 +82,8 @@ def bench(
     Random prompts, greedy answers of a fixed length, no prefix cache. Close other programs first: on a busy machine it
     measures the others too.
     """
-    with open_llm(model, revision=revision, device=device, dtype=dtype, enable_prefix_caching=False) as llm:
+    settings = {"revision": revision, "device": device, "dtype": dtype, "quantization": quantization}
+    with open_llm(model, enable_prefix_caching=False, **settings) as llm:
         if prompt_tokens + output_tokens > llm.engine.limits.max_model_len:
             raise UsageProblem(f"prompt and answer exceed the model's {llm.engine.limits.max_model_len} tokens")
         report = measure(llm, model, requests, prompt_tokens, output_tokens)

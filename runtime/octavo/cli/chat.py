@@ -23,6 +23,7 @@ from octavo.cli.options import (
     MaxTokens,
     MinP,
     Model,
+    Quantization,
     Revision,
     Seed,
     Stop,
@@ -70,6 +71,7 @@ def chat(
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     max_model_len: MaxModelLen = None,
     debug: Debug = False,
 ) -> None:
@@ -85,7 +87,10 @@ def chat(
     params = sampling(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, stop=stop
     )
-    settings = {"revision": revision, "device": device, "dtype": dtype, "max_model_len": max_model_len}
+    settings = {
+        "revision": revision, "device": device, "dtype": dtype, "quantization": quantization,
+        "max_model_len": max_model_len,
+    }  # fmt: skip
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     with open_llm(model, **settings) as llm:
         if interactive:

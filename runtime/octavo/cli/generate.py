@@ -21,6 +21,7 @@ from octavo.cli.options import (
     MaxTokens,
     MinP,
     Model,
+    Quantization,
     Revision,
     Seed,
     Stop,
@@ -60,6 +61,7 @@ def generate(
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     max_model_len: MaxModelLen = None,
     debug: Debug = False,
 ) -> None:
@@ -82,7 +84,10 @@ def generate(
     params = sampling(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, stop=stop
     )
-    settings = {"revision": revision, "device": device, "dtype": dtype, "max_model_len": max_model_len}
+    settings = {
+        "revision": revision, "device": device, "dtype": dtype, "quantization": quantization,
+        "max_model_len": max_model_len,
+    }  # fmt: skip
     as_it_comes = (not as_json) if stream is None else stream
     with open_llm(model, **settings) as llm:
         if raw:

@@ -58,6 +58,9 @@ Revision = Annotated[
     str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the hub.", rich_help_panel=_ENGINE)
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_ENGINE)]
+Quantization = Annotated[
+    str | None, typer.Option(metavar="KIND", help="gguf: keep a GGUF file's bits on the CPU.", rich_help_panel=_ENGINE)
+]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.", rich_help_panel=_ENGINE)]
 MaxModelLen = Annotated[
     int | None, typer.Option(metavar="TOKENS", help="Longest prompt plus answer.", rich_help_panel=_ENGINE)

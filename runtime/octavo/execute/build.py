@@ -90,17 +90,32 @@ def attention_for(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
     return TritonAttention() if device.type == "cuda" else CpuAttention(dtype)
 
 
-def stays_packed(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> bool:
-    """Left to the machine, a GGUF model on a CPU that has the kernels is not dequantised."""
-    left = (config.dtype, config.load_format, files.format) == ("auto", "auto", "gguf")
-    suits = _device(config).type == "cpu" and config.block_size in (None, CACHE_BLOCK) and packed_supports(model)
-    return left and suits and cpu_kernels_available()
+def stays_packed(config: EngineConfig, files: ModelFiles, model: ModelConfig, device: torch.device) -> bool:
+    """The weights stay in the bits of their file. Raises `ConfigError` where that was asked for and cannot be."""
+    if config.quantization is None:
+        return False
+
+    def refuse(why: str, field: str = "quantization") -> ConfigError:
+        return ConfigError(f"quantization='gguf' {why}", field)
+
+    if files.format != "gguf":
+        raise refuse("needs a GGUF file: leave it out for other models")
+    if device.type != "cpu" or not cpu_kernels_available():
+        raise refuse("needs a CPU with AVX512-VNNI and AVX512-BF16, on Linux: leave it out on other machines")
+    if not packed_supports(model):
+        raise refuse("needs sizes in multiples of 32 and no biases but those of QKV: leave it out for this model")
+    if config.dtype not in ("auto", "bfloat16"):
+        raise refuse(f"keeps its cache in bfloat16, not {config.dtype}: leave dtype out", "dtype")
+    if config.block_size not in (None, CACHE_BLOCK):
+        raise refuse(f"has blocks of {CACHE_BLOCK} tokens, not {config.block_size}: leave block_size out", "block_size")
+    return True
 
 
 def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> Resolved:
     """Decide everything that is left to the machine. Raises `ConfigError` for what it cannot do."""
     device = _device(config)
-    dtype = _dtype(config, model, device)
+    packed = stays_packed(config, files, model, device)
+    dtype = torch.bfloat16 if packed else _dtype(config, model, device)
     gpu = device.type == "cuda"
     block_size = config.block_size or attention_for(device, dtype).default_block_size
     if not gpu and (block_size > KV_PAD or KV_PAD % block_size):
@@ -129,7 +144,7 @@ def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig
         )  # fmt: skip
     return Resolved(
         device, dtype, block_size, num_blocks, max_len, max_num_seqs, max_batched, 1 if gpu else 0,
-        stays_packed(config, files, model),
+        packed,
     )  # fmt: skip
 
 
