@@ -2,8 +2,8 @@
 
 glibc keeps what is freed at the end of a heap below a threshold, and maps large blocks by themselves above another. It
 raises both whenever a large block is freed, to 64 and 32 MiB, and only the main thread's heap can be trimmed by asking.
-So each engine after the first would lie in the heaps of its threads, and 46 to 140 MB of the default model stay after
-some cycles (5 to 10 MB a cycle in float32). Therefore: while an engine is started, large blocks are mapped and what is
+So each engine after the first would lie in the heaps of its threads, and 20 to 46 MB of the default model stay after
+every other close (`benchmarks/memory.py`). Therefore: while an engine is started, large blocks are mapped and what is
 freed goes back; while it lets go of things too; in between the thresholds are the highest, so that what a step frees
 (logits, activations) stays at hand for the next.
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from octavo_kernels.cpu.compiler import Library, available
@@ -150,7 +152,7 @@ def test_rotation_cache_and_attention(
 ) -> None:
     """Sequences prefilled in chunks: the outputs of the last chunk against dense attention in float64."""
     torch.manual_seed(heads * size + window)
-    shape = decoder.Shape(32, heads, kv_heads, size, 32, 1e-6, window)
+    shape = decoder.Shape(heads, kv_heads, size, 1e-6, window)
     lib = library(
         lambda m: decoder.rotate_and_cache(m, "rotate", shape, bias=extras, qk_norm=extras),
         lambda m: decoder.attention(m, "attend", shape, tokens),
@@ -215,3 +217,18 @@ def test_rotation_cache_and_attention(
         single = step([(s, b - 1, b)])
         assert torch.equal(single[0], found[first + b - a - 1]), f"sequence {s}: bits depend on the chunk"
         first += b - a
+
+
+def test_a_damaged_object_in_the_cache_is_compiled_again(tmp_path: Path) -> None:
+    def make() -> ir.Module:
+        module = ir.Module("test")
+        linear.quantise_rows(module, "f", 32)
+        return module
+
+    assert Library(make, cache=tmp_path).address("f")
+    (kept,) = tmp_path.iterdir()
+    whole = kept.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", whole[:100] + b"x" + whole[101:]):
+        kept.write_bytes(damaged)
+        assert Library(make, cache=tmp_path).address("f")
+        assert kept.read_bytes() == whole

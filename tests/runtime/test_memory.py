@@ -213,8 +213,11 @@ def median(values: list[int]) -> float:
 @pytest.mark.slow
 def test_100_engines_one_after_the_other_leave_no_memory_no_thread_no_file(tiny_model: Path) -> None:
     found = cycles(str(tiny_model), 100, "float32,bfloat16")
-    # the first twenty fill what Python and the allocator keep for good (19 of 23 MB in the first two, measured)
-    growth = median(found["closed"][-9:]) - median(found["closed"][20:29])
+    # the first twenty fill what Python and the allocator keep for good: with Python 3.13 4.3 MB from the first to the
+    # last nine here, and 1.2 MB in the 380 engines that followed the twentieth
+    last = median(found["closed"][-9:])
+    assert last - median(found["closed"][2:11]) < 6 * MEGABYTE
+    growth = last - median(found["closed"][20:29])
     assert growth < 2 * MEGABYTE, f"{growth / MEGABYTE:.1f} MB more after 70 more engines"
     assert {tuple(pair) for pair in found["threads"][2:]} == {tuple(found["threads"][2])}
     assert found["threads"][-1][0] == 1, "a Python thread is left"

@@ -18,6 +18,9 @@ from typing import Any
 NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16")
 """What the kernels of this folder are written for (AMD since Zen 4, Intel since Cooper Lake and Sapphire Rapids)."""
 
+_DIGEST = 16
+"""Bytes of the hashes that name a file of the cache and begin it."""
+
 
 @functools.cache
 def available() -> bool:
@@ -48,7 +51,7 @@ class Library:
         )
         text = str(make_module())
         made_for = f"{llvm.llvm_version_info} {llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}"
-        name = hashlib.blake2b(f"{made_for}\n{text}".encode(), digest_size=16).hexdigest() + ".o"
+        name = _digest(f"{made_for}\n{text}".encode()).hex()
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
         code = _read(cache / name) if cache else None
         if code is None:
@@ -75,16 +78,23 @@ def _compile(llvm: Any, machine: Any, text: str) -> bytes:
 
 
 def _read(path: Path) -> bytes | None:
+    """None for a file that is not what was written: LLVM ends the process when it is given half an object."""
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError:
         return None
+    return content[_DIGEST:] if content[:_DIGEST] == _digest(content[_DIGEST:]) else None
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=_DIGEST).digest()
 
 
 def _write(path: Path, code: bytes) -> None:
     """In one rename, so that nobody reads half an object. A cache that cannot be written costs a second a start."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as part:
-            part.write(code)
-        os.replace(part.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            part = Path(folder) / path.name
+            part.write_bytes(_digest(code) + code)
+            os.replace(part, path)

@@ -30,13 +30,11 @@ token; int32 items (first token, tokens) of the attention and their number; the 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of a decoder layer."""
+    """Sizes of an attention layer; `eps` of its QK-norm."""
 
-    hidden: int
     heads: int
     kv_heads: int
     head_dim: int
-    inner: int
     eps: float
     window: int
 

@@ -31,7 +31,7 @@ i8, i16, i32, i64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 f16, bf16, f32 = ir.HalfType(), _BFloat(), ir.FloatType()
 pointer = ir.PointerType()
 LANES = 16
-v8i, v16i, v16f = ir.VectorType(i32, 8), ir.VectorType(i32, LANES), ir.VectorType(f32, LANES)
+v16i, v16f = ir.VectorType(i32, LANES), ir.VectorType(f32, LANES)
 v16h, v16s, v16b = ir.VectorType(f16, LANES), ir.VectorType(i16, LANES), ir.VectorType(i8, LANES)
 v16bf, v32bf = ir.VectorType(bf16, LANES), ir.VectorType(bf16, 2 * LANES)
 KERNEL = ir.FunctionType(ir.VoidType(), [pointer, pointer, i64, i64])
@@ -115,11 +115,6 @@ class Code:
 
     def store(self, value: Value, base: Value, offset: Value) -> None:
         self.b.store(value, self.at(base, offset), align=1)
-
-    def prefetch(self, base: Value, offset: Value) -> None:
-        """Fetch a cache line that will be read soon. An address outside of everything does no harm."""
-        hint = [ir.Constant(i32, value) for value in (0, 3, 1)]  # to read, into the first cache, data
-        self.call("llvm.prefetch.p0", ir.VoidType(), self.at(base, offset), *hint)
 
     def load_int(self, base: Value, offset: Value) -> Value:
         """A signed 32-bit integer, as 64 bits."""

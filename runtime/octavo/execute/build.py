@@ -104,6 +104,8 @@ def stays_packed(config: EngineConfig, files: ModelFiles, model: ModelConfig, de
         raise refuse("needs a CPU with AVX512-VNNI and AVX512-BF16, on Linux: leave it out on other machines")
     if not packed_supports(model):
         raise refuse("needs sizes in multiples of 32 and no biases but those of QKV: leave it out for this model")
+    if config.load_format != "auto":
+        raise refuse(f"reads the file's weights, not load_format={config.load_format!r}: leave that out", "load_format")
     if config.dtype not in ("auto", "bfloat16"):
         raise refuse(f"keeps its cache in bfloat16, not {config.dtype}: leave dtype out", "dtype")
     if config.block_size not in (None, CACHE_BLOCK):
@@ -143,9 +145,8 @@ def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig
             "num_blocks, kv_cache_memory or gpu_memory_utilization", "max_model_len",
         )  # fmt: skip
     return Resolved(
-        device, dtype, block_size, num_blocks, max_len, max_num_seqs, max_batched, 1 if gpu else 0,
-        packed,
-    )  # fmt: skip
+        device, dtype, block_size, num_blocks, max_len, max_num_seqs, max_batched, 1 if gpu else 0, packed
+    )
 
 
 def _device(config: EngineConfig) -> torch.device:

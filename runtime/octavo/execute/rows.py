@@ -1,8 +1,8 @@
 """What a step asks of rows of states and logits. Used by the runner and the sampler.
 
 On the CPU in float32, numpy does it on the engine's own thread: torch would wake its other threads, which then spin for
-milliseconds on the cores that the next program runs on. 64 rows: steps of 60 ms became 50, and the largest of 49152
-logits a row takes 0.2 ms instead of 2.6.
+milliseconds on the cores that the next program runs on. The largest of 64 rows of 49152 logits takes 0.2 ms instead of
+1.3 (`benchmarks/cpu_program.py`).
 """
 
 from __future__ import annotations

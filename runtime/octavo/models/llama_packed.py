@@ -246,9 +246,7 @@ class _Kernels:
 
     def _shape(self, window: int) -> object:
         c = self._config
-        return self._decoder.Shape(
-            c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size, c.rms_norm_eps, window
-        )
+        return self._decoder.Shape(c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps, window)
 
 
 def _vector(reader: WeightReader, name: str, size: int) -> torch.Tensor:

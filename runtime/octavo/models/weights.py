@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, Self
@@ -62,7 +63,7 @@ def open_dummy(seed: int = 0, shapes: Mapping[str, tuple[int, ...]] | None = Non
     return DummyWeights(seed, shapes or {})
 
 
-class _Reader:
+class _Reader(ABC):
     """What all readers share: the context manager and the errors."""
 
     place = ""
@@ -82,8 +83,8 @@ class _Reader:
     def _missing(self, name: str) -> ModelFileError:
         return ModelFileError("the model has no tensor of this name", file=self.place, field=name)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]: ...
 
     def check_shape(self, name: str, wanted: tuple[int, ...]) -> None:
         shape = self.shape(name)

@@ -1,0 +1,69 @@
+"""What do formats cost in quality? The default model in bfloat16 and with `quantization="gguf"`, against float32.
+
+    python benchmarks/quality.py [--json results.json]
+
+Over the text of this repository's LICENSE in pieces of 500 tokens: perplexity, the mean and root mean square difference
+of a token's log-probability, and how often the most likely token is the same. And the two most likely first tokens of
+the answer to one question that the model is unsure of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+PIECE = 500
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+KINDS: dict[str, dict[str, Any]] = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"}}
+KINDS["gguf"] = {"quantization": "gguf"}
+
+
+def measure(settings: dict[str, Any]) -> dict[str, Any]:
+    from octavo import LLM, SamplingParams
+
+    with LLM(**settings) as llm:
+        ids = llm.tokenizer.encode(Path(__file__).parents[1].joinpath("LICENSE").read_text())
+        pieces = [ids[start : start + PIECE] for start in range(0, len(ids), PIECE)]
+        logprobs, best = [], []
+        for output in llm.generate(pieces, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)):
+            for token, entry in zip(output.prompt_token_ids[1:], (output.prompt_logprobs or [])[1:], strict=True):
+                assert entry is not None
+                logprobs.append(entry[token].logprob)
+                best.append(min(entry, key=lambda t: entry[t].rank))
+        answer = llm.chat(QUESTION, SamplingParams(temperature=0, max_tokens=1, logprobs=2))[0].outputs[0]
+        first = sorted((answer.logprobs or [{}])[0].items(), key=lambda item: item[1].rank)[:2]
+        firsts = {llm.tokenizer.decode([token]): round(entry.logprob, 2) for token, entry in first}
+    return {"logprobs": logprobs, "best": best, "first": firsts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    found = {kind: measure(settings) for kind, settings in KINDS.items()}
+    exact = found["float32"]
+    count = len(exact["logprobs"])
+    report = {}
+    print(f"{count} tokens")
+    print(f"{'':>10} {'perplexity':>10} {'mean diff.':>10} {'rms diff.':>10} {'same best':>10}   first tokens")
+    for kind, one in found.items():
+        differences = [a - b for a, b in zip(one["logprobs"], exact["logprobs"], strict=True)]
+        report[kind] = {
+            "perplexity": math.exp(-sum(one["logprobs"]) / count),
+            "mean": sum(map(abs, differences)) / count,
+            "rms": math.sqrt(sum(d * d for d in differences) / count),
+            "same": sum(a == b for a, b in zip(one["best"], exact["best"], strict=True)) / count,
+            "first": one["first"],
+        }
+        row = report[kind]
+        print(f"{kind:>10} {row['perplexity']:10.3f} {row['mean']:10.4f} {row['rms']:10.4f}", end=" ")
+        print(f"{row['same']:10.1%}   {row['first']}")
+    if given.json:
+        given.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
