@@ -30,6 +30,7 @@ import torch
 
 from octavo_kernels import _checks as check
 from octavo_kernels._dispatch import use_triton
+from octavo_kernels.cpu.compiler import available
 
 A, B, C = 0x9E3779B1, 0x7FEB352D, 0x846CA68B
 M1, M2 = 0x85EBCA6B, 0xC2B2AE35
@@ -80,6 +81,10 @@ def gumbel_sample(
         from octavo_kernels.gumbel_triton import gumbel_sample_triton
 
         return gumbel_sample_triton(logits, temperature, seeds, positions, out)
+    if logits.device.type == "cpu" and logits.dtype == torch.float32 and available():
+        from octavo_kernels.cpu.sampling import gumbel_sample_cpu
+
+        return gumbel_sample_cpu(logits, temperature, seeds, positions, out)
     return gumbel_sample_reference(logits, temperature, seeds, positions, out)
 
 

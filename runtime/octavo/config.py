@@ -16,6 +16,7 @@ from octavo.errors import ConfigError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 LOAD_FORMATS = ("auto", "dummy")
+QUANTIZATIONS = ("int8", "int4", "gguf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,9 @@ class EngineConfig:
     """Type of weights and activations. "auto": the model's on a GPU, bfloat16 on CPUs that multiply it natively, else
     float32."""
     quantization: str | None = None
-    """"gguf" keeps the weights of a GGUF file in the file's own bits, on CPUs with AVX512-VNNI and AVX512-BF16: several
-    times faster, with activations rounded to 8 bits. None: weights have the type `dtype`."""
+    """How weights are packed, on CPUs with AVX512-VNNI and AVX512-BF16 (activations are then rounded to 8 bits): "gguf"
+    keeps the bits of a GGUF file; "int8" rounds any weights to 8 bits; "int4" to 4, embedding and head to 8. None: as
+    "gguf" where that can be and `dtype` is "auto"; otherwise weights have the type `dtype`."""
     max_model_len: int | None = None
     """Longest prompt plus output in tokens. Default: what the model was made for, as far as the KV cache holds it."""
     block_size: int | None = None
@@ -67,11 +69,10 @@ class EngineConfig:
             raise ConfigError("model must be a folder, a GGUF file or a model id, e.g. 'Qwen/Qwen3-0.6B'", "model")
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("dtype", self.dtype, DTYPES)
-        if self.quantization not in (None, "gguf"):
-            raise ConfigError(
-                f"quantization={self.quantization!r} is not supported yet: leave it out, or use 'gguf' for a GGUF file",
-                "quantization",
-            )  # fmt: skip
+        if self.quantization not in (None, *QUANTIZATIONS):
+            known = ", ".join(map(repr, QUANTIZATIONS))
+            message = f"quantization={self.quantization!r} is not supported yet: leave it out, or use one of {known}"
+            raise ConfigError(message, "quantization")
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", self.device):
             raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {self.device!r}", "device")
         for name in ("revision", "token"):

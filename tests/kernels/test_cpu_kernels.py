@@ -12,11 +12,11 @@ pytestmark = pytest.mark.skipif(not available(), reason="needs AVX512-VNNI, AVX5
 
 if available():
     from llvmlite import ir
-    from octavo_kernels.cpu import decoder, linear, program
+    from octavo_kernels.cpu import decoder, linear, program, quantise
 
 
 def run(library: Library, name: str, step: list[int], *args: object, threads: int = 2) -> None:
-    team = program.Team(library.address(program.RUN), threads)
+    team = program.Team(library, threads)
     one = program.Program([(library.address(name), args)])
     team.run(one, torch.tensor(step, dtype=torch.int64))
     team.close()
@@ -25,7 +25,7 @@ def run(library: Library, name: str, step: list[int], *args: object, threads: in
 def library(*kernels: object) -> Library:
     def make() -> ir.Module:
         module = ir.Module("test")
-        program.run_program(module)
+        program.functions(module)
         for kernel in kernels:
             kernel(module)
         return module
@@ -41,7 +41,7 @@ def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def blocks_of(kind: str, outputs: int, inputs: int) -> torch.Tensor:
-    size = linear._BYTES[kind]
+    size = quantise.BYTES[kind]
     blocks = torch.randint(0, 256, (outputs, inputs // 32, size), dtype=torch.uint8)
     head = 4 if kind == "Q4_1" else 2
     blocks[..., :head] = (torch.randn(outputs, inputs // 32, head // 2) * 0.02).half().view(torch.uint8)
@@ -105,7 +105,7 @@ def test_rows_are_quantised_as_the_twin_does() -> None:
 
 def test_embedding_rows() -> None:
     weight = torch.randn(100, 64)
-    packed = linear.pack(linear.quantise_q8(weight), "Q8_0", 64)
+    packed = linear.pack(quantise.quantise_q8(weight), "Q8_0", 64)
     ids = torch.tensor([0, 99, 31, 32, 63, 5])
     x = torch.zeros(6, 64)
     lib = library(lambda m: decoder.embed(m, "f", 64))
@@ -157,13 +157,14 @@ def test_rotation_cache_and_attention(
         lambda m: decoder.rotate_and_cache(m, "rotate", shape, bias=extras, qk_norm=extras),
         lambda m: decoder.attention(m, "attend", shape, tokens),
     )
-    lengths, news = [5, 70, 33, 64, 1], [5, 9, 1, 64, 1]
+    lengths, news = [5, 70, 33, 64, 1, 300], [5, 9, 1, 64, 1, 141]
     width = (heads + 2 * kv_heads) * size
-    angles = torch.outer(torch.arange(128.0), 100.0 ** -torch.linspace(0, 1, size // 2))
+    angles = torch.outer(torch.arange(300.0), 100.0 ** -torch.linspace(0, 1, size // 2))
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
     bias, q_norm, k_norm = torch.randn(width), torch.rand(size) + 0.5, torch.rand(size) + 0.5
-    blocks = torch.randperm(20)[:15].view(5, 3).to(torch.int32) + 1
-    keys, values = (torch.randn(21, kv_heads, 32, size).bfloat16() for _ in range(2))
+    blocks = torch.randperm(70)[:60].view(6, 10).to(torch.int32) + 1
+    keys, values = torch.randn(71, 2, kv_heads, 32, size).bfloat16().unbind(1)
+    stride = 2 * keys.stride(0)
     all_qkv = [torch.randn(length, width) for length in lengths]
 
     def step(chunks: list[tuple[int, int, int]]) -> torch.Tensor:
@@ -181,16 +182,16 @@ def test_rotation_cache_and_attention(
         q, planes = torch.zeros(first, heads * size, dtype=torch.int8), torch.zeros(first, 3, heads * size // 32)
         numbers = [
             first, 0, positions.data_ptr(), slots.data_ptr(), rows.data_ptr(), item_table.data_ptr(), len(items),
-            blocks.data_ptr(), 3,
+            blocks.data_ptr(), 10,
         ]  # fmt: skip
-        run(lib, "rotate", numbers, qkv, cos_sin, queries, keys, values, bias, q_norm, k_norm)
-        run(lib, "attend", numbers, queries, keys, values, q, planes)
+        run(lib, "rotate", numbers, qkv, cos_sin, queries, keys, values, bias, q_norm, k_norm, stride)
+        run(lib, "attend", numbers, queries, keys, values, q, planes, stride)
         return (q.view(first, -1, 32) * planes[:, 0, :, None]).view(first, heads, size)
 
-    for s in range(5):
+    for s in range(6):
         if lengths[s] > news[s]:
             step([(s, 0, lengths[s] - news[s])])
-    chunks = [(s, lengths[s] - news[s], lengths[s]) for s in range(5)]
+    chunks = [(s, lengths[s] - news[s], lengths[s]) for s in range(6)]
     found = step(chunks)
     first = 0
     for s, a, b in chunks:
@@ -217,6 +218,28 @@ def test_rotation_cache_and_attention(
         single = step([(s, b - 1, b)])
         assert torch.equal(single[0], found[first + b - a - 1]), f"sequence {s}: bits depend on the chunk"
         first += b - a
+
+
+@pytest.mark.parametrize("bad", ["query", "key", "value"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_reaches_the_output(bad: str, number: float) -> None:
+    """The runner sees it there and fails the request, which a softmax must not hide."""
+    torch.manual_seed(0)
+    shape = decoder.Shape(4, 2, 32, 1e-6, 0)
+    lib = library(lambda m: decoder.attention(m, "attend", shape, 2))
+    queries = torch.randn(2, 4 * 32).bfloat16()
+    keys, values = (torch.randn(6, 2, 32, 32).bfloat16() for _ in range(2))
+    {"query": queries[1, 32:64], "key": keys[3, 0].view(-1)[5:6], "value": values[3, 0].view(-1)[5:6]}[bad][0] = number
+    positions, slots, rows = torch.tensor([149, 149]), torch.tensor([0, 0]), torch.tensor([0, 1], dtype=torch.int32)
+    items = torch.tensor([[0, 1], [1, 1]], dtype=torch.int32)
+    blocks = torch.tensor([[1, 2, 4, 5, 1], [1, 3, 4, 5, 2]], dtype=torch.int32)
+    q, planes = torch.zeros(2, 4 * 32, dtype=torch.int8), torch.zeros(2, 3, 4)
+    numbers = [2, 0, *(t.data_ptr() for t in (positions, slots, rows, items)), 2, blocks.data_ptr(), 5]
+    run(lib, "attend", numbers, queries, keys, values, q, planes, 2 * keys.stride(0))
+    assert planes[0, 0].isfinite().all()
+    if bad == "key" and (queries[1].view(4, 32)[:2, 1] * number == float("-inf")).all():
+        return  # such a key weighs nothing
+    assert not planes[1, 0].isfinite().all()
 
 
 def test_a_damaged_object_in_the_cache_is_compiled_again(tmp_path: Path) -> None:

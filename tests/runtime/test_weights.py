@@ -18,9 +18,11 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import _type_traits, dequantize, quantize
 from octavo.errors import ModelFileError, UnsupportedModelError
 from octavo.models.config import load_config
+from octavo.models.gguf_file import TYPES
 from octavo.models.gguf_quants import dequantised_rows
-from octavo.models.sources import ModelFiles
-from octavo.models.weights import open_dummy, open_weights
+from octavo.models.sources import ModelFiles, resolve
+from octavo.models.weights import GGUFWeights, SafetensorsWeights, open_dummy, open_weights
+from safetensors.torch import save_file
 
 
 def tiny(family: str, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, torch.Tensor]:
@@ -124,6 +126,40 @@ def test_dequantised_bits_are_those_of_gguf(kind: GGMLQuantizationType) -> None:
     nan = expected.isnan()
     assert torch.equal(found.isnan(), nan)
     assert torch.equal(found.masked_fill(nan, 0).view(torch.int32), expected.masked_fill(nan, 0).view(torch.int32))
+
+
+def test_the_table_of_types_is_that_of_gguf() -> None:
+    theirs = {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
+    assert len(TYPES.keys() & theirs.keys()) >= 30
+    assert {number: theirs[number] for number in TYPES if number in theirs} == {
+        number: found for number, found in TYPES.items() if number in theirs
+    }
+
+
+@pytest.mark.parametrize("rows", [1, 16, 40, 1000])
+def test_pieces_are_the_tensor_in_order(rows: int, tmp_path: Path) -> None:
+    """From a GGUF file with heads in another order, from safetensors, and made up."""
+    state = {name: torch.randn(shape) for name, shape in {
+        "model.embed_tokens.weight": (70, 64), "model.layers.0.self_attn.q_proj.weight": (64, 64),
+    }.items()}  # fmt: skip
+    save_file(state, tmp_path / "model.safetensors")
+    tensors = gguf_tensors(state, heads=2, kv_heads=1, permute=True)
+    metadata = llama_metadata(64, heads=2, kv_heads=1, layers=1)
+    path = write_gguf(tmp_path / "a.gguf", metadata, tensors)
+    config = load_config(resolve(str(path)))
+    dummy = open_dummy(shapes={name: tuple(t.shape) for name, t in state.items()})
+    for reader in (GGUFWeights(path, config), SafetensorsWeights(tmp_path), dummy):
+        with reader:
+            for name, tensor in state.items():
+                whole = torch.empty(tensor.shape)
+                reader.copy_into(name, whole)
+                if reader is not dummy:
+                    assert torch.equal(whole, tensor)
+                for _ in range(2):  # what was forgotten can be read again
+                    pieces = list(reader.pieces(name, rows))
+                    assert torch.equal(torch.cat(pieces), whole)
+                    reader.forget(name)
+                assert max(len(piece) for piece in pieces) <= max(rows, 32)
 
 
 @pytest.mark.parametrize(("columns", "step"), [(64, 64), (256, 96), (1024, 600), (1024, 1), (20480, 32)])

@@ -25,6 +25,7 @@ from octavo.models.config import ModelConfig, load_config
 from octavo.models.llama_packed import CACHE_BLOCK as PACKED_BLOCK
 from octavo.models.llama_packed import PackedLlama, ProgramAttention
 from octavo.models.loader import load_model
+from octavo.models.packed_weights import RECIPES, Packing, load_packed
 from octavo.models.sources import resolve
 from octavo.models.weights import open_weights
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -151,8 +152,8 @@ class PackedParts(Parts):
     """The same with the weights packed for the CPU's kernels. A program belongs to its cache, so each core has its own
     model; blocks are of 32 tokens."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.dtype, self.device = path, torch.bfloat16, torch.device("cpu")
+    def __init__(self, path: Path, packing: Packing = "file") -> None:
+        self.path, self.packing, self.dtype, self.device = path, packing, torch.bfloat16, torch.device("cpu")
         self.files = resolve(str(path))
         self.config = load_config(self.files)
 
@@ -160,10 +161,12 @@ class PackedParts(Parts):
         return super().core(**(settings | {"block_size": PACKED_BLOCK}))
 
     def _runner(self, resolved: Resolved, kv: KVCache, table: RowTable, model: Any) -> Runner:
-        with open_weights(self.files, self.config) as reader, torch.inference_mode():
+        with open_weights(self.files, self.config) as reader:
+            weights = load_packed(reader, self.config, RECIPES[self.packing](reader))
+        with torch.inference_mode():
             model = PackedLlama(
-                self.config, reader, kv, max_len=512, max_tokens=resolved.max_num_batched_tokens,
-                cache=cache_dir() / "kernels",
+                self.config, weights, kv, max_len=512, max_tokens=resolved.max_num_batched_tokens,
+                threads=torch.get_num_threads(), cache=cache_dir() / "kernels",
             )  # fmt: skip
         return Runner(model, kv, table, ProgramAttention())
 

@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from octavo_kernels.cpu.processor import cpu_flags
+
 NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16")
 """What the kernels of this folder are written for (AMD since Zen 4, Intel since Cooper Lake and Sapphire Rapids)."""
 
@@ -31,11 +33,7 @@ def available() -> bool:
         import llvmlite.binding  # noqa: F401
     except (ImportError, OSError):
         return False
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                return set(NEEDED) <= set(line.split())
-    return False
+    return cpu_flags().issuperset(NEEDED)
 
 
 class Library:

@@ -15,13 +15,17 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from octavo_kernels.cpu.emit import Code, Value, f32, i16, i32, i64, v16f, v16i
+from octavo_kernels.cpu.emit import Code, Value, Variable, f32, i16, i32, i64, v16f, v16i
 from octavo_kernels.cpu.linear import BLOCK, Activations, store_quantised
 
 KEYS = 32
-"""Tokens in a block of the cache, and in a tile of the attention."""
-WIDTH = 64
-"""Output dimensions whose sums are in registers at once."""
+"""Tokens in a block of the cache."""
+SPAN = 128
+"""Keys between two looks at the largest score."""
+SUMS = 24
+"""Vectors of sums over the values that are in registers at once."""
+TILE_ROWS = 12
+"""Rows (tokens times query heads of a KV head) of a whole tile: their scores of a block are 24 vectors."""
 
 TOKENS, IDS, POSITIONS, SLOTS, ROWS, ITEMS, NUM_ITEMS, BLOCK_TABLE, TABLE_WIDTH = range(9)
 """What a step holds: number of tokens; int64 ids, positions, slots (-1: none) and int32 rows of the block table, one a
@@ -105,7 +109,7 @@ def norm(module: ir.Module, name: str, hidden: int, eps: float, *, quantised: bo
 def rotate_and_cache(module: ir.Module, name: str, shape: Shape, *, bias: bool, qk_norm: bool) -> None:
     """Bias, QK-norm and rotary positions (halves rotated), queries in bfloat16 with the scale of the softmax, keys and
     values into the cache. args: qkv float32, cos and sin float32 `[positions, D]`, queries, keys, values, bias, norm of
-    q, norm of k."""
+    q, norm of k, bytes from block to block."""
     code = Code(module, name)
     b, size, half = code.b, shape.head_dim, shape.head_dim // 2
     qkv, table, queries, keys, values = (code.pointer(number) for number in range(5))
@@ -150,7 +154,7 @@ def rotate_and_cache(module: ir.Module, name: str, shape: Shape, *, bias: bool, 
                 code.store(code.to_bfloat(b.fmul(value, code.floats(scale))), queries, at)
         written = b.icmp_signed(">=", slot, code.integer(0))
         with b.if_then(written), code.loop(0, shape.kv_heads) as number:
-            base = code.mul(code.add(code.mul(block, shape.kv_heads), number), KEYS * size * 2)
+            base = code.add(code.mul(block, code.arg(8)), code.mul(number, KEYS * size * 2))
             for part, value in enumerate(rotated(head(code.add(number, shape.heads), 7))):
                 code.store(code.to_bfloat(value), line, 32 * part)
             half_at, lane_at = code.mul(code.div(place, 16), 32 * size), code.mul(code.rem(place, 16), 4)
@@ -169,108 +173,158 @@ def rotate_and_cache(module: ir.Module, name: str, shape: Shape, *, bias: bool, 
 def attention(module: ir.Module, name: str, shape: Shape, tokens: int) -> None:
     """Causal attention over the paged cache, with a running softmax (arXiv 2205.14135), for items of up to `tokens`
     tokens of one sequence; the query heads of a KV head are rows of one tile. args: queries, keys, values, bytes and
-    planes of the output. A row's result depends neither on its tile nor on its neighbours."""
+    planes of the output, bytes from block to block. A row's result depends neither on its tile nor on its neighbours.
+
+    Threads take the items of a head in turns, head after head: its keys and values stay in the second cache."""
     code = Code(module, name)
-    items, group = code.mul(code.step_value(NUM_ITEMS), shape.kv_heads), shape.group
-    first, last = code.thread, items
-    with code.loop(first, last, code.threads) as work:
-        item, head = code.div(work, shape.kv_heads), code.rem(work, shape.kv_heads)
+    items = code.step_value(NUM_ITEMS)
+    with code.loop(code.thread, code.mul(items, shape.kv_heads), code.threads) as work:
+        head, item = code.div(work, items), code.rem(work, items)
         at = code.mul(item, 8)
         token, count = (code.load_int(code.step_pointer(ITEMS), code.add(at, 4 * n)) for n in range(2))
         if tokens > 1:
             with code.b.if_else(code.b.icmp_signed("==", count, code.integer(tokens))) as (whole, part):
                 with whole:
-                    _attend(code, shape, tokens * group, token, head)
+                    _Tile(code, shape, tokens, token, head).attend()
                 with part, code.loop(0, count) as number:
-                    _attend(code, shape, group, code.add(token, number), head)
+                    _Tile(code, shape, 1, code.add(token, number), head).attend()
         else:
-            _attend(code, shape, group, token, head)
+            _Tile(code, shape, 1, token, head).attend()
     code.finish()
 
 
-def _attend(code: Code, shape: Shape, rows: int, token: Value, head: Value) -> None:
-    b, size, group = code.b, shape.head_dim, shape.group
-    queries, keys, values = (code.pointer(number) for number in range(3))
-    tokens = rows // group
-    position = code.load(code.step_pointer(POSITIONS), code.mul(token, 8), i64)  # of the first token
-    table_row = code.load_int(code.step_pointer(ROWS), code.mul(token, 4))
-    table = code.at(code.step_pointer(BLOCK_TABLE), code.mul(table_row, code.step_value(TABLE_WIDTH), 4))
-    query = []
-    for r in range(rows):
-        number = code.add(code.mul(code.add(token, r // group), shape.heads), code.mul(head, group), r % group)
-        query.append(code.at(queries, code.mul(number, 2 * size)))
-    highest = [code.variable(code.scalar(-1e30)) for _ in range(rows)]
-    sums = [code.variable(code.scalar(0.0)) for _ in range(rows)]
-    output, weights = code.stack(4 * rows * size), code.stack(2 * rows * KEYS)
-    for r in range(rows):
-        for part in range(size // 16):
-            code.store(code.floats(0.0), output, 4 * (r * size + 16 * part))
-    lanes = ir.Constant(v16i, list(range(16)))
-    end = code.add(code.div(code.add(position, tokens - 1), KEYS), 1)
-    begin = code.integer(0)
-    if shape.window:
-        oldest = code.sub(position, shape.window - 1)
-        begin = b.select(b.icmp_signed(">", oldest, code.integer(0)), code.div(oldest, KEYS), code.integer(0))
-    with code.loop(begin, end) as tile:
-        block = code.load_int(table, code.mul(tile, 4))
-        base = code.mul(code.add(code.mul(block, shape.kv_heads), head), KEYS * size * 2)
-        scores = [[code.variable(code.floats(0.0)) for _ in range(2)] for _ in range(rows)]
+class _Tile:
+    """Writes the attention of some tokens of one sequence, for one KV head: `rows` rows (token, head of the group).
+
+    Keys are taken `SPAN` at a time, from a multiple of `SPAN` on: scores of a span, one look at the largest, weights,
+    then the sums over the values. So what is done once a span (folding a vector to its largest value, shrinking what
+    was summed) costs little beside the products."""
+
+    def __init__(self, code: Code, shape: Shape, tokens: int, token: Value, head: Value) -> None:
+        self.code, self.shape, self.tokens, self.token, self.head = code, shape, tokens, token, head
+        self.rows, size, b = tokens * shape.group, shape.head_dim, code.b
+        self.position = code.load(code.step_pointer(POSITIONS), code.mul(token, 8), i64)  # of the first token
+        table_row = code.load_int(code.step_pointer(ROWS), code.mul(token, 4))
+        self.table = code.at(code.step_pointer(BLOCK_TABLE), code.mul(table_row, code.step_value(TABLE_WIDTH), 4))
+        self.queries = []
+        for r in range(self.rows):
+            of_token = code.mul(code.add(token, r // shape.group), shape.heads)
+            number = code.add(of_token, code.mul(head, shape.group), r % shape.group)
+            self.queries.append(code.at(code.pointer(0), code.mul(number, 2 * size)))
+        self.highest = [code.variable(code.scalar(-1e30)) for _ in range(self.rows)]
+        self.sums = [code.variable(code.floats(0.0)) for _ in range(self.rows)]
+        self.output, self.scores, self.weights = (
+            code.stack(self.rows * bytes_of_row) for bytes_of_row in (4 * size, 4 * SPAN, 2 * SPAN)
+        )
+        for at in range(0, 4 * self.rows * size, 64):
+            code.store(code.floats(0.0), self.output, at)
+        self.blocks = code.add(code.div(code.add(self.position, tokens - 1), KEYS), 1)
+        self.oldest = code.integer(0)
+        if shape.window:
+            oldest = code.sub(self.position, shape.window - 1)
+            self.oldest = b.select(b.icmp_signed(">", oldest, code.integer(0)), oldest, code.integer(0))
+
+    def attend(self) -> None:
+        code, b = self.code, self.code.b
+        spans = code.div(code.add(self.blocks, SPAN // KEYS - 1), SPAN // KEYS)
+        with code.loop(code.div(self.oldest, SPAN), spans) as span:
+            first = code.mul(span, SPAN // KEYS)
+            left = code.sub(self.blocks, first)
+            whole = code.integer(SPAN // KEYS)
+            count = b.select(b.icmp_signed("<", left, whole), left, whole)
+            largest = [code.variable(code.floats(-1e30)) for _ in range(self.rows)]
+            with code.loop(0, count) as block:
+                self._score(block, code.add(first, block), largest)
+            shrink = []
+            for r in range(self.rows):
+                before = self.highest[r].get()
+                now = code.maximum(code.highest(largest[r].get()), before)
+                self.highest[r].set(now)
+                shrink.append(code.exp2(code.splat(b.fsub(before, now))))
+                self.sums[r].set(b.fmul(self.sums[r].get(), shrink[r]))
+            with code.loop(0, count) as block:
+                self._weigh(block)
+            self._add_values(first, count, shrink)
+        self._finish()
+
+    def _base(self, block: Value) -> Value:
+        """Where the cache has a block of this sequence and head, in bytes."""
+        code = self.code
+        number = code.load_int(self.table, code.mul(block, 4))
+        return code.add(code.mul(number, code.arg(5)), code.mul(self.head, KEYS * self.shape.head_dim * 2))
+
+    def _score(self, place: Value, block: Value, largest: list[Variable]) -> None:
+        """Scores of a block; keys further than the query, or out of the window, get minus infinity."""
+        code, b, size = self.code, self.code.b, self.shape.head_dim
+        base = self._base(block)
+        scores = [[code.variable(code.floats(0.0)) for _ in range(2)] for _ in range(self.rows)]
         with code.loop(0, size // 2) as pair:
-            key = [code.load(keys, code.add(base, 32 * size * half, code.mul(pair, 64)), v16i) for half in range(2)]
-            for r in range(rows):
-                factor = code.splat(code.load(query[r], code.mul(pair, 4), i32))
+            line = code.add(base, code.mul(pair, 64))
+            key = [code.load(code.pointer(1), code.add(line, 32 * size * half), v16i) for half in range(2)]
+            for r in range(self.rows):
+                factor = code.splat(code.load(self.queries[r], code.mul(pair, 4), i32))
                 for half in range(2):
                     scores[r][half].set(code.dot_pairs(scores[r][half].get(), key[half], factor))
-        shrink = []
-        for r in range(rows):
-            # keys further than the query, or out of the window, do not count
-            limit = b.trunc(code.sub(code.add(position, r // group), code.mul(tile, KEYS)), i32)
-            seen, masked = [], []
+        lanes = ir.Constant(v16i, list(range(16)))
+        for r in range(self.rows):
+            limit = b.trunc(code.sub(code.add(self.position, r // self.shape.group), code.mul(block, KEYS)), i32)
             for half in range(2):
-                place = b.add(lanes, code.ints(16 * half))
-                visible = b.icmp_signed("<=", place, code.splat(limit))
-                if shape.window:
-                    low = code.splat(b.sub(limit, ir.Constant(i32, shape.window)))
-                    visible = b.and_(visible, b.icmp_signed(">", place, low))
-                seen.append(visible)
-                masked.append(b.select(visible, scores[r][half].get(), code.floats(-1e30)))
-            before = highest[r].get()
-            now = code.maximum(code.highest(code.maximum(*masked)), before)
-            highest[r].set(now)
-            factor = code.exp2(code.splat(b.fsub(before, now)))
-            shrink.append(factor)
-            total = code.floats(0.0)
+                number = b.add(lanes, code.ints(16 * half))
+                visible = b.icmp_signed("<=", number, code.splat(limit))
+                if self.shape.window:
+                    low = code.splat(b.sub(limit, ir.Constant(i32, self.shape.window)))
+                    visible = b.and_(visible, b.icmp_signed(">", number, low))
+                score = b.select(visible, scores[r][half].get(), code.floats(-math.inf))
+                code.store(score, self.scores, code.add(code.mul(place, 4 * KEYS), 4 * (r * SPAN + 16 * half)))
+                largest[r].set(code.maximum(score, largest[r].get()))
+
+    def _weigh(self, place: Value) -> None:
+        code, b = self.code, self.code.b
+        for r in range(self.rows):
+            now = code.splat(self.highest[r].get())
             for half in range(2):
-                weight = code.exp2(b.fsub(scores[r][half].get(), code.splat(now)))
-                weight = b.select(seen[half], weight, code.floats(0.0))
-                total = b.fadd(total, weight)
-                code.store(code.to_bfloat(weight), weights, 2 * (r * KEYS + 16 * half))
-            ratio = b.extract_element(factor, ir.Constant(i32, 0))
-            sums[r].set(code.fma(sums[r].get(), ratio, code.total(total)))
-        for start in range(0, size, WIDTH):
-            parts = range(min(WIDTH, size - start) // 16)
-            places = [[4 * (r * size + start + 16 * p) for p in parts] for r in range(rows)]
+                at = r * SPAN + 16 * half
+                score = code.load(self.scores, code.add(code.mul(place, 4 * KEYS), 4 * at), v16f)
+                weight = code.exp2(b.fsub(score, now))
+                self.sums[r].set(b.fadd(self.sums[r].get(), weight))
+                code.store(code.to_bfloat(weight), self.weights, code.add(code.mul(place, 2 * KEYS), 2 * at))
+
+    def _add_values(self, first: Value, count: Value, shrink: list[Value]) -> None:
+        code, b, size = self.code, self.code.b, self.shape.head_dim
+        width = min(size, 16 * max(1, SUMS // self.rows))
+        for start in range(0, size, width):
+            parts = range(min(width, size - start) // 16)
+            places = [[4 * (r * size + start + 16 * p) for p in parts] for r in range(self.rows)]
             into = [
-                [code.variable(b.fmul(code.load(output, place, v16f), shrink[r])) for place in places[r]]
-                for r in range(rows)
+                [code.variable(b.fmul(code.load(self.output, place, v16f), shrink[r])) for place in places[r]]
+                for r in range(self.rows)
             ]
-            with code.loop(0, KEYS // 2) as pair:
-                line = code.add(base, code.mul(pair, 4 * size), 4 * start)
-                value = [code.load(values, code.add(line, 64 * p), v16i) for p in parts]
-                for r in range(rows):
-                    factor = code.splat(code.load(weights, code.add(code.mul(pair, 4), 2 * r * KEYS), i32))
-                    for p in parts:
-                        into[r][p].set(code.dot_pairs(into[r][p].get(), value[p], factor))
-            for r in range(rows):
+            with code.loop(0, count) as block:
+                base = code.add(self._base(code.add(first, block)), 4 * start)
+                with code.loop(0, KEYS // 2) as pair:
+                    line = code.add(base, code.mul(pair, 4 * size))
+                    value = [code.load(code.pointer(2), code.add(line, 64 * p), v16i) for p in parts]
+                    of_pair = code.add(code.mul(block, 2 * KEYS), code.mul(pair, 4))
+                    for r in range(self.rows):
+                        factor = code.splat(code.load(self.weights, code.add(of_pair, 2 * r * SPAN), i32))
+                        for p in parts:
+                            into[r][p].set(code.dot_pairs(into[r][p].get(), value[p], factor))
+            for r in range(self.rows):
                 for p in parts:
-                    code.store(into[r][p].get(), output, places[r][p])
-    place = Activations(code.pointer(3), code.pointer(4), shape.heads * size)
-    for r in range(rows):
-        factor = code.splat(b.fdiv(code.scalar(1.0), sums[r].get()))
-        for part in range(size // BLOCK):
-            low, high = (b.fmul(code.load(output, 4 * (r * size + 32 * part + 16 * n), v16f), factor) for n in range(2))
-            number = code.add(code.mul(code.add(code.mul(head, group), r % group), size // BLOCK), part)
-            store_quantised(code, low, high, place, code.add(token, r // group), number)
+                    code.store(into[r][p].get(), self.output, places[r][p])
+
+    def _finish(self) -> None:
+        code, b, shape = self.code, self.code.b, self.shape
+        place = Activations(code.pointer(3), code.pointer(4), shape.heads * shape.head_dim)
+        blocks = shape.head_dim // BLOCK
+        for r in range(self.rows):
+            factor = code.splat(b.fdiv(code.scalar(1.0), code.total(self.sums[r].get())))
+            for part in range(blocks):
+                at = [4 * (r * shape.head_dim + 32 * part + 16 * half) for half in range(2)]
+                low, high = (b.fmul(code.load(self.output, offset, v16f), factor) for offset in at)
+                head = code.add(code.mul(self.head, shape.group), r % shape.group)
+                number = code.add(code.mul(head, blocks), part)
+                store_quantised(code, low, high, place, code.add(self.token, r // shape.group), number)
 
 
 def gate(module: ir.Module, name: str, inner: int) -> None:
@@ -285,8 +339,7 @@ def gate(module: ir.Module, name: str, inner: int) -> None:
         results = []
         for half in range(2):
             g, u = code.load(row, 64 * half, v16f), code.load(row, 4 * inner + 64 * half, v16f)
-            x = code.maximum(b.fmul(g, code.floats(-math.log2(math.e))), code.floats(-126.0))
-            x = b.select(b.fcmp_ordered("<", x, code.floats(126.0)), x, code.floats(126.0))
-            results.append(b.fmul(b.fdiv(g, b.fadd(code.floats(1.0), code.exp2(x))), u))
+            power = code.exp2(b.fmul(g, code.floats(-math.log2(math.e))))
+            results.append(b.fmul(b.fdiv(g, b.fadd(code.floats(1.0), power)), u))
         store_quantised(code, results[0], results[1], place, token, block)
     code.finish()

@@ -36,7 +36,11 @@ v16h, v16s, v16b = ir.VectorType(f16, LANES), ir.VectorType(i16, LANES), ir.Vect
 v16bf, v32bf = ir.VectorType(bf16, LANES), ir.VectorType(bf16, 2 * LANES)
 KERNEL = ir.FunctionType(ir.VoidType(), [pointer, pointer, i64, i64])
 
-_EXP2 = (0.0001533757691, 0.001339986036, 0.009618519534, 0.05550328998, 0.2402264661, 0.6931472056, 1.0)
+_EXP2 = (0.009666368515, 0.05592197584, 0.2402234904, 0.6931210452, 1)
+
+_LOG = (
+    -0.08101558754, 0.1271230791, -0.1297223894, 0.1420217379, -0.166422476, 0.2000146858, -0.2500029655, 0.333333286
+)  # fmt: skip
 
 Value = Any
 """An `ir.Value`; llvmlite is untyped."""
@@ -172,6 +176,10 @@ class Code:
             function = ir.Function(self.module, ir.FunctionType(result, [value.type for value in values]), name)
         return self.b.call(function, values)
 
+    def pause(self) -> None:
+        """Tell the processor that this is a loop that waits."""
+        self.call("llvm.x86.sse2.pause", ir.VoidType())
+
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         suffix = "v16f32" if a.type == v16f else "f32"
         return self.call(f"llvm.fma.{suffix}", a.type, a, b, c)
@@ -213,16 +221,34 @@ class Code:
         return self.b.bitcast(self.call("llvm.x86.avx512bf16.cvtneps2bf16.512", v16bf, values), v16s)
 
     def exp2(self, x: Value) -> Value:
-        """2**x of 16 floats for x <= 127, within 2 units in the last place; below -126 it stays at 1e-38. The
-        polynomial is a fit to 2**f over [-0.5, 0.5] at Chebyshev's nodes."""
-        x = self.maximum(x, self.floats(-126.0))
+        """2**x of 16 floats, within 4e-6 of it: zero below -150, infinite from 128 on, NaN for NaN. The polynomial is
+        a fit to 2**f over [-0.5, 0.5] at Chebyshev's nodes."""
+        low = self.floats(-200.0)
+        x = self.b.select(self.b.fcmp_ordered(">", low, x), low, x)  # minus infinity would become NaN below
         whole = self.call("llvm.roundeven.v16f32", v16f, x)
         f = self.b.fsub(x, whole)
         value = self.floats(_EXP2[0])
         for coefficient in _EXP2[1:]:
             value = self.fma(value, f, self.floats(coefficient))
-        exponent = self.b.shl(self.b.fptosi(whole, v16i), self.ints(23))
-        return self.b.bitcast(self.b.add(self.b.bitcast(value, v16i), exponent), v16f)
+        every, rounding = ir.Constant(ir.IntType(16), -1), ir.Constant(i32, 4)
+        return self.call("llvm.x86.avx512.mask.scalef.ps.512", v16f, value, whole, self.floats(0.0), every, rounding)
+
+    def log(self, x: Value) -> Value:
+        """Natural logarithm of 16 normal floats above 0, within 1e-7 of it. Around 1 the polynomial stands alone: a fit
+        to (log(1 + f) - f + f^2 / 2) / f^3 between the roots of 1/2 and 2, at Chebyshev's nodes."""
+        b = self.b
+        bits = b.bitcast(x, v16i)
+        exponent = b.ashr(b.sub(bits, self.ints(0x3F3504F3)), self.ints(23))
+        f = b.fsub(b.bitcast(b.sub(bits, b.shl(exponent, self.ints(23))), v16f), self.floats(1.0))
+        value = self.floats(_LOG[0])
+        for coefficient in _LOG[1:]:
+            value = self.fma(value, f, self.floats(coefficient))
+        square = b.fmul(f, f)
+        value = self.fma(b.fmul(value, f), square, b.fmul(square, self.floats(-0.5)))
+        whole = b.sitofp(exponent, v16f)
+        # log(2) in two parts: the larger times the exponent is exact
+        value = self.fma(whole, self.floats(-2.12194440e-4), value)
+        return self.fma(whole, self.floats(0.693359375), b.fadd(f, value))
 
 
 class Variable:

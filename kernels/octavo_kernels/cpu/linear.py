@@ -20,6 +20,7 @@ import torch
 from llvmlite import ir
 
 from octavo_kernels.cpu.emit import Code, Value, f32, i32, v16b, v16f, v16h, v16i
+from octavo_kernels.cpu.quantise import BYTES
 
 BLOCK = 32
 GROUP = 32
@@ -47,12 +48,9 @@ class Packed:
     """What is subtracted from the unsigned q: 8 for Q4_0, 128 for Q8_0 (stored as q + 128), 0 with minima."""
 
 
-_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
-
-
 def pack(blocks: torch.Tensor, kind: str, inputs: int) -> Packed:
     """GGUF blocks, uint8 `[outputs, inputs / 32 * bytes of a block]`, as the kernels want them."""
-    size = _BYTES[kind]
+    size = BYTES[kind]
     outputs, count = len(blocks), inputs // BLOCK
     padding = -outputs % GROUP
     if padding:
@@ -86,14 +84,6 @@ def unpack(packed: Packed) -> torch.Tensor:
 
     offset = 0.0 if packed.minima is None else of(packed.minima)
     return ((q.float() - packed.zero) * of(packed.scales) + offset).view(packed.outputs, packed.inputs)
-
-
-def quantise_q8(weight: torch.Tensor) -> torch.Tensor:
-    """float `[outputs, inputs]` -> Q8_0 blocks, uint8 `[outputs, inputs / 32 * 34]`."""
-    values = weight.float().view(len(weight), -1, BLOCK)
-    scale = values.abs().amax(-1, keepdim=True) / 127
-    q = (values / scale.clamp_min(1e-30)).round().clamp(-127, 127).to(torch.int8)
-    return torch.cat([scale.half().view(torch.uint8), q.view(torch.uint8)], dim=-1).view(len(weight), -1)
 
 
 def quantise_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -117,10 +117,11 @@ def measure(llm: LLM, model: str, requests: int, prompt_tokens: int, output_toke
     llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
     batched = requests * output_tokens / (time.perf_counter() - began)
 
+    threads = llm.engine.service.call(lambda core: torch.get_num_threads())  # of the engine's thread, not of this one
     on, machine = torch.device(limits.device), machine_limits(llm)
     return Report(
-        model, limits.device, limits.weights, torch.get_num_threads(), llm.engine.seconds_to_ready, prompt_tokens,
-        output_tokens, requests, first, 1 / step, batched, machine.rate(1), machine.rate(requests), machine.bandwidth,
+        model, limits.device, limits.weights, threads, llm.engine.seconds_to_ready, prompt_tokens, output_tokens,
+        requests, first, 1 / step, batched, machine.rate(1), machine.rate(requests), machine.bandwidth,
         machine.products, machine.weight_bytes,
         torch.cuda.max_memory_allocated(on) if on.type == "cuda" else peak_memory(),
     )  # fmt: skip
@@ -144,14 +145,11 @@ def machine_limits(llm: LLM) -> MachineLimits:
     """Measured on the device of `llm`, in the type that its products have: 8-bit integers where weights stay packed."""
     import torch
 
-    from octavo.execute.build import weight_count
+    from octavo.execute.packing import weight_count
 
     limits, parameters = llm.engine.limits, weight_count(llm.engine.model_config)
-    on, kind = torch.device(limits.device), getattr(torch, limits.dtype)
-    held = parameters * torch.empty(0, dtype=kind).element_size()
-    if limits.packed:
-        kind, held = torch.int8, llm.engine.files.path.stat().st_size
-    return MachineLimits(measure_bandwidth(on), measure_products(on, kind), held, parameters)
+    on, kind = torch.device(limits.device), torch.int8 if limits.packed else getattr(torch, limits.dtype)
+    return MachineLimits(measure_bandwidth(on), measure_products(on, kind), limits.weight_bytes, parameters)
 
 
 def measure_bandwidth(device: object) -> float:

@@ -46,12 +46,13 @@ def env(as_json: Json = False, debug: Debug = False) -> None:
 def collect() -> dict[str, Any]:
     """The report as data."""
     import torch
+    from octavo_kernels.cpu.processor import cpu_flags, cpu_name
 
-    from octavo.execute.build import cpu_multiplies_bfloat16, free_memory
+    from octavo.execute.build import cpu_multiplies_bfloat16
+    from octavo.host import free_memory, system_memory, usable_cores
     from octavo.models.cache import cache_dir, hf_cache_dir, list_cached
 
-    model_name, flags = _processor()
-    free, total = free_memory(torch.device("cpu"))
+    free, total = free_memory()
     gpus = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -66,10 +67,12 @@ def collect() -> dict[str, Any]:
         "python": _tilde(sys.executable),
         "system": f"{platform.system()} {platform.release()} {platform.machine()} {' '.join(platform.libc_ver())}",
         "cpu": {
-            "model": model_name, "cores": os.cpu_count(), "usable": _usable_cores(), "flags": flags,
-            "multiplies_bfloat16": cpu_multiplies_bfloat16(), "torch_threads": torch.get_num_threads(),
+            "model": cpu_name() or platform.processor() or platform.machine(), "cores": os.cpu_count(),
+            "usable": usable_cores(), "threads": min(torch.get_num_threads(), usable_cores()),
+            "flags": [flag for flag in FLAGS if flag in cpu_flags()],
+            "multiplies_bfloat16": cpu_multiplies_bfloat16(),
         },
-        "ram": {"bytes": total, "free": free},
+        "ram": {"bytes": system_memory()[1], "usable": total, "free": free},
         "cuda": torch.version.cuda,
         "gpus": gpus,
         "caches": {"octavo": _tilde(cache_dir()), "huggingface": _tilde(hf_cache_dir())},
@@ -87,10 +90,11 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     native = "native" if cpu["multiplies_bfloat16"] else "emulated, so float32 is used"
     yield f"{'interpreter:':<20}{report['python']}"
     yield f"{'system:':<20}{report['system']}"
-    yield f"{'cpu:':<20}{cpu['model']}, {cpu['cores']} cores ({cpu['usable']} usable, {cpu['torch_threads']} threads)"
+    yield f"{'cpu:':<20}{cpu['model']}, {cpu['cores']} cores ({cpu['usable']} usable, {cpu['threads']} threads)"
     yield f"{'cpu flags:':<20}{' '.join(cpu['flags']) or 'none of those that matter'}"
     yield f"{'bfloat16:':<20}{native}"
-    yield f"{'ram:':<20}{size(report['ram']['bytes'])}, {size(report['ram']['free'])} free"
+    ram = {name: size(count) for name, count in report["ram"].items()}
+    yield f"{'ram:':<20}{ram['bytes']} ({ram['usable']} usable, {ram['free']} of it free)"
     for gpu in report["gpus"]:
         yield f"{'gpu:':<20}{gpu['name']}, {size(gpu['bytes'])}, compute capability {gpu['capability']}"
     if not report["gpus"]:
@@ -109,25 +113,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _processor() -> tuple[str, list[str]]:
-    name, found = platform.processor() or platform.machine(), set[str]()
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return name, []
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            name = value.strip()
-        elif key.strip() in ("flags", "Features"):
-            found.update(value.split())
-    return name, [flag for flag in FLAGS if flag in found]
-
-
-def _usable_cores() -> int | None:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _tilde(path: str | Path) -> str:

@@ -141,7 +141,7 @@ def _facts(model: str, revision: str | None) -> dict[str, Any]:
         message = f"{model!r} is not on this machine: `octavo models pull {model}` fetches it"
         raise ModelNotFoundError(message) from error
     config = load_config(files)
-    from octavo.execute.build import weight_count
+    from octavo.execute.packing import weight_count
     from octavo.models.registry import NATIVE
 
     return {

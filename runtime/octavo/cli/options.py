@@ -59,7 +59,7 @@ Revision = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_ENGINE)]
 Quantization = Annotated[
-    str | None, typer.Option(metavar="KIND", help="gguf: keep a GGUF file's bits on the CPU.", rich_help_panel=_ENGINE)
+    str | None, typer.Option(metavar="KIND", help="int8, int4 or gguf, on the CPU.", rich_help_panel=_ENGINE)
 ]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.", rich_help_panel=_ENGINE)]
 MaxModelLen = Annotated[

@@ -7,7 +7,7 @@ n+1 while the device runs step n. It is the same loop in both cases.
 from __future__ import annotations
 
 from collections import deque
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Protocol
 
 from octavo.engine.plan import StepPlan
@@ -29,8 +29,13 @@ class StepRunner(Protocol):
 
 
 class EngineCore:
-    def __init__(self, scheduler: Scheduler, runner: StepRunner, *, depth: int) -> None:
-        self.scheduler, self.runner, self.depth = scheduler, runner, depth
+    """`turns`: is held while a step is launched, where engines share what they run on (`turns.py`)."""
+
+    def __init__(
+        self, scheduler: Scheduler, runner: StepRunner, *, depth: int,
+        turns: AbstractContextManager[None] = nullcontext(),  # noqa: B008 (it has no state)
+    ) -> None:  # fmt: skip
+        self.scheduler, self.runner, self.depth, self._turns = scheduler, runner, depth, turns
         self.steps = 0
         self._under_way: deque[tuple[Draft, Launched]] = deque()
 
@@ -48,11 +53,13 @@ class EngineCore:
 
     def _launch(self, draft: Draft) -> None:
         try:
-            self._under_way.append((draft, self.runner.launch(draft.plan())))
+            with self._turns:
+                launched = self.runner.launch(draft.plan())
         except Exception as error:
             self._drain()
             self._blame(draft, error)
         else:
+            self._under_way.append((draft, launched))
             self.steps += 1
 
     def _drain(self) -> None:

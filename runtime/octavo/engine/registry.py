@@ -32,12 +32,10 @@ class Limits:
     num_blocks: int
     block_size: int
     packed: bool
-    """The weights stay in the bits of their GGUF file (see `models/llama_packed.py`)."""
-
-    @property
-    def weights(self) -> str:
-        """How the weights are held, for a report."""
-        return "packed weights" if self.packed else self.dtype
+    """Weights are packed and steps run as programs of CPU kernels (see `models/llama_packed.py`)."""
+    weights: str
+    """How the weights are held, for a report: "bfloat16", "int4", "Q4_1 + Q8_0 (GGUF)"."""
+    weight_bytes: int
 
 
 @dataclass(slots=True)
@@ -112,6 +110,7 @@ def _start(config: EngineConfig, progress: Progress | None) -> Engine:
     with ThreadPoolExecutor(1) as background:  # the tokenizer loads while torch is imported and the weights are read
         tokenizer = background.submit(load_tokenizer, files, trust_remote_code=config.trust_remote_code)
         from octavo.execute.build import build_core, resolve_settings
+        from octavo.execute.packing import held_weights
 
         resolved = resolve_settings(config, files, model_config)
         service = EngineService(
@@ -124,10 +123,11 @@ def _start(config: EngineConfig, progress: Progress | None) -> Engine:
         except BaseException:
             service.close()
             raise
+    held = held_weights(model_config, resolved.packing, resolved.dtype)
     limits = Limits(
         resolved.max_model_len, model_config.vocab_size, str(resolved.device),
         str(resolved.dtype).removeprefix("torch."), resolved.num_blocks, resolved.block_size,
-        resolved.packed,
+        resolved.packing is not None, held.name, held.bytes,
     )  # fmt: skip
     return Engine(config, files, model_config, tokenizer.result(), service, limits, time.monotonic() - began)
 

