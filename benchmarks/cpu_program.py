@@ -50,7 +50,7 @@ def main() -> None:
     from octavo import LLM, SamplingParams
     from octavo_kernels.cpu.compiler import Library
     from octavo_kernels.cpu.emit import Code
-    from octavo_kernels.cpu.program import RUN, Program, Team, run_program
+    from octavo_kernels.cpu.program import Program, Team, functions
 
     with LLM(quantization="gguf", enable_prefix_caching=False) as llm:
         model: Any = llm.engine.service.call(lambda core: core.runner.model)
@@ -79,12 +79,12 @@ def main() -> None:
 
     def empty() -> ir.Module:
         module = ir.Module("empty")
-        run_program(module)
+        functions(module)
         Code(module, "nothing").finish()
         return module
 
     library = Library(empty, cache=None)
-    team = Team(library.address(RUN), torch.get_num_threads())
+    team = Team(library, torch.get_num_threads())
     nothing = Program([(library.address("nothing"), [])] * 270)
     step = torch.zeros(1, dtype=torch.int64)
     print(f"270 empty kernels                         {median(lambda: team.run(nothing, step), 99):8.3f} ms")

@@ -1,10 +1,11 @@
 """What do formats cost in quality? The default model in bfloat16 and with `quantization="gguf"`, against float32.
 
-    python benchmarks/quality.py [--json results.json]
+    python benchmarks/quality.py [--python llama.cpp=PATH] [--json results.json]
 
 Over the text of this repository's LICENSE in pieces of 500 tokens: perplexity, the mean and root mean square difference
 of a token's log-probability, and how often the most likely token is the same. And the two most likely first tokens of
-the answer to one question that the model is unsure of.
+the answer to one question that the model is unsure of. With the path of an interpreter that has llama-cpp-python, the
+same of llama.cpp on the same file: does Octavo answer worse than it, on the same bits?
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,17 @@ KINDS: dict[str, dict[str, Any]] = {"float32": {"dtype": "float32"}, "bfloat16":
 KINDS["gguf"] = {"quantization": "gguf"}
 
 
+def text_pieces(llm: Any) -> list[list[int]]:
+    ids = llm.tokenizer.encode(Path(__file__).parents[1].joinpath("LICENSE").read_text())
+    return [ids[start : start + PIECE] for start in range(0, len(ids), PIECE)]
+
+
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
     from octavo import LLM, SamplingParams
 
     with LLM(**settings) as llm:
-        ids = llm.tokenizer.encode(Path(__file__).parents[1].joinpath("LICENSE").read_text())
-        pieces = [ids[start : start + PIECE] for start in range(0, len(ids), PIECE)]
         logprobs, best = [], []
-        for output in llm.generate(pieces, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)):
+        for output in llm.generate(text_pieces(llm), SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)):
             for token, entry in zip(output.prompt_token_ids[1:], (output.prompt_logprobs or [])[1:], strict=True):
                 assert entry is not None
                 logprobs.append(entry[token].logprob)
@@ -39,11 +44,32 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     return {"logprobs": logprobs, "best": best, "first": firsts}
 
 
+def measure_llama_cpp(python: str) -> dict[str, Any]:
+    """The same pieces and the same file through llama.cpp, which gets the token ids that Octavo's tokenizer made."""
+    from octavo import LLM
+    from octavo.models.sources import DEFAULT_MODEL, resolve
+
+    with LLM(dtype="bfloat16") as llm:
+        pieces = text_pieces(llm)
+    command = [python, str(Path(__file__).with_name("quality_llama_cpp.py")), str(resolve(DEFAULT_MODEL).path)]
+    done = subprocess.run(command, input=json.dumps(pieces), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{python} failed:\n{done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", metavar="llama.cpp=PATH", help="an interpreter that has llama-cpp-python")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    engine, _, path = (given.python or "llama.cpp=").partition("=")
+    if engine != "llama.cpp":
+        parser.error(f"--python {given.python}: only llama.cpp is measured here")
     found = {kind: measure(settings) for kind, settings in KINDS.items()}
+    if path:
+        found["llama.cpp"] = measure_llama_cpp(path)
     exact = found["float32"]
     count = len(exact["logprobs"])
     report = {}
