@@ -10,6 +10,7 @@ import torch
 
 from octavo_kernels import _checks as check
 from octavo_kernels._dispatch import use_triton
+from octavo_kernels.cpu.compiler import available
 
 # Candidates looked at before a full sort: real distributions nearly always reach their top-p mass within these.
 CANDIDATES = 1024
@@ -58,6 +59,10 @@ def top_k_top_p_min_p(
         from octavo_kernels.filter_triton import top_k_top_p_min_p_triton
 
         top_k_top_p_min_p_triton(logits, temperature, top_k, top_p, min_p)
+    elif logits.device.type == "cpu" and available():
+        from octavo_kernels.cpu.filtering import filter_cpu
+
+        filter_cpu(logits, temperature, top_k, top_p, min_p)
     else:
         top_k_top_p_min_p_reference(logits, temperature, top_k, top_p, min_p)
 

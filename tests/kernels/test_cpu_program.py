@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(not available(), reason="needs AVX512-VNNI, AVX5
 
 if available():
     from llvmlite import ir
+    from octavo_kernels.cpu import bandwidth
     from octavo_kernels.cpu.emit import Code, i64
     from octavo_kernels.cpu.program import Program, Team, functions
 
@@ -96,3 +97,19 @@ def test_equal_logits_give_the_first_and_what_is_no_number_wins() -> None:
     cold, keys = torch.zeros(4), torch.zeros(4, dtype=torch.int64)
     assert gumbel_sample(logits, cold, keys, keys).tolist() == [40, 77, 99, 0]
     assert gumbel_sample(logits[1:3].contiguous(), cold[1:3] + 1, keys[1:3], keys[1:3]).tolist() == [77, 99]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_bandwidth_is_of_all_the_memory(threads: int) -> None:
+    """Every kernel reads every value once."""
+    memory, sums = torch.arange(3 * 2**18, dtype=torch.int32), torch.zeros(threads, 64, dtype=torch.int32)
+    library = Library(bandwidth._module, cache=None)
+    team = Team(library, threads)
+    for streams in bandwidth.STREAMS:
+        pieces = memory.nbytes // (256 * streams * threads)
+        read = Program([(library.address(f"read_{streams}"), (memory, pieces, sums))])
+        team.run(read, torch.zeros(1, dtype=torch.int64))
+        whole = memory[: pieces * 64 * streams * threads].sum(dtype=torch.int32)
+        assert sums.sum(dtype=torch.int32) == whole
+    team.close()
+    assert bandwidth.read_bandwidth(memory, threads) > 1e8

@@ -1,11 +1,28 @@
-"""The sampling twins: quality of the noise, the law of the draws, and the filters against a plain restatement."""
+"""Sampling on the CPU, by what the processor has (on some, kernels of its own) and by the twins: quality of the noise,
+the law of the draws, and the filters against a plain restatement."""
 
 import pytest
 import torch
-from octavo_kernels import gumbel, gumbel_sample, top_k_top_p_min_p
+from octavo_kernels import (
+    gumbel,
+    gumbel_sample,
+    gumbel_sample_reference,
+    top_k_top_p_min_p,
+    top_k_top_p_min_p_reference,
+)
 from scipy import stats
 
 INF = float("inf")
+
+
+@pytest.fixture(params=[gumbel_sample, gumbel_sample_reference])
+def draw(request: pytest.FixtureRequest):
+    return request.param
+
+
+@pytest.fixture(params=[top_k_top_p_min_p, top_k_top_p_min_p_reference])
+def apply_filters(request: pytest.FixtureRequest):
+    return request.param
 
 
 def bits_of(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
@@ -92,12 +109,12 @@ def test_noise_is_a_gumbel_variable() -> None:
 
 @pytest.mark.parametrize("over", ["positions", "seeds"])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_draws_follow_the_softmax(over, temperature) -> None:
+def test_draws_follow_the_softmax(over, temperature, draw) -> None:
     draws, vocab = 40000, 24
     logits = torch.linspace(-3, 2, vocab)[torch.randperm(vocab, generator=torch.Generator().manual_seed(1))]
     moving, fixed = torch.arange(draws), torch.full((draws,), 123)
     seeds, positions = (fixed, moving) if over == "positions" else (moving, fixed)
-    tokens = gumbel_sample(logits.expand(draws, -1), torch.full((draws,), temperature), seeds, positions)
+    tokens = draw(logits.expand(draws, -1), torch.full((draws,), temperature), seeds, positions)
     expected = (logits.double() / temperature).softmax(0) * draws
     counts = torch.bincount(tokens, minlength=vocab).double()
     kept = expected > 5
@@ -110,30 +127,30 @@ def test_draws_follow_the_softmax(over, temperature) -> None:
     assert stats.chi2_contingency(table.numpy()).pvalue > 1e-6
 
 
-def test_skipping_hopeless_tokens_changes_no_draw() -> None:
+def test_skipping_hopeless_tokens_changes_no_draw(draw) -> None:
     """Rows with a few live tokens take the gathered path; the draw is that of the full noise."""
     torch.manual_seed(0)
     logits = torch.randn(32, 5000) * 2
     logits[:, torch.randperm(5000)[:4500]] -= 60
     ones, seeds, positions = torch.ones(32), torch.arange(32) * 31, torch.arange(32)
     noise = gumbel.log_exponential(bits_of(seeds, positions, 5000))
-    assert torch.equal(gumbel_sample(logits, ones, seeds, positions), (logits - noise).argmax(dim=1))
+    assert torch.equal(draw(logits, ones, seeds, positions), (logits - noise).argmax(dim=1))
 
 
-def test_cold_rows_are_greedy_beside_warm_ones() -> None:
+def test_cold_rows_are_greedy_beside_warm_ones(draw) -> None:
     torch.manual_seed(1)
     logits = torch.randn(6, 300)
     logits[0, [40, 7]] = 9
     temperature = torch.tensor([0.0, 1.0, 0.0, 0.7, 0.0, 1.0])
     seeds = torch.arange(6)
     out = torch.empty(6, dtype=torch.int64)
-    tokens = gumbel_sample(logits, temperature, seeds, seeds, out)
+    tokens = draw(logits, temperature, seeds, seeds, out)
     assert tokens is out
     assert tokens[0] == 7
     assert torch.equal(tokens[[2, 4]], logits[[2, 4]].argmax(dim=1))
     for row in (1, 3, 5):
         part = slice(row, row + 1)
-        assert gumbel_sample(logits[part], temperature[part], seeds[part], seeds[part]) == tokens[row]
+        assert draw(logits[part], temperature[part], seeds[part], seeds[part]) == tokens[row]
 
 
 def plain_filter(logits, temperature, top_k, top_p, min_p):
@@ -159,7 +176,7 @@ def plain_filter(logits, temperature, top_k, top_p, min_p):
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("spread", [0.4, 2.0, 6.0])
 @pytest.mark.parametrize("vocab", [5, 100, 1024, 1025, 5000])
-def test_filters_do_what_they_say(vocab, spread, ties) -> None:
+def test_filters_do_what_they_say(vocab, spread, ties, apply_filters) -> None:
     torch.manual_seed(vocab)
     logits = spread * torch.randn(24, vocab)
     if ties:
@@ -178,13 +195,13 @@ def test_filters_do_what_they_say(vocab, spread, ties) -> None:
     top_p[10] = 0.999
     min_p = torch.rand(24) * 0.2 * (torch.rand(24) > 0.5)
     expected = plain_filter(logits, temperature, top_k, top_p, min_p)
-    top_k_top_p_min_p(logits, temperature, top_k, top_p, min_p)
+    apply_filters(logits, temperature, top_k, top_p, min_p)
     assert torch.equal(logits, expected)
 
 
-def test_filter_keeps_a_token_of_every_row() -> None:
+def test_filter_keeps_a_token_of_every_row(apply_filters) -> None:
     logits = torch.zeros(3, 2000)
-    top_k_top_p_min_p(
+    apply_filters(
         logits, torch.ones(3), torch.tensor([0, 1, 0], dtype=torch.int32), torch.tensor([0.0, 1e-9, 1]), torch.ones(3)
     )
     assert (logits > -INF).sum(dim=1).tolist() == [1, 1, 2000]

@@ -24,6 +24,20 @@ _DIGEST = 16
 """Bytes of the hashes that name a file of the cache and begin it."""
 
 
+_kept: Path | None = None
+
+
+def keep_objects_in(folder: Path) -> None:
+    """Where kernels without a model (sampling) look for their objects, and leave them. Until then they are compiled by
+    every process that needs them."""
+    global _kept
+    _kept = folder
+
+
+def kept_objects() -> Path | None:
+    return _kept
+
+
 @functools.cache
 def available() -> bool:
     """These kernels run here: llvmlite is installed and the processor has what they need."""
@@ -37,9 +51,12 @@ def available() -> bool:
 
 
 class Library:
-    """The compiled kernels of one module. They live as long as this object does."""
+    """The compiled kernels of one module. They live as long as this object does.
 
-    def __init__(self, make_module: Callable[[], Any], *, cache: Path | None) -> None:
+    `key`: with the sources of this folder, decides what `make_module` makes; it is then only called when the object is
+    not in the cache (writing the text of the default model's kernels takes 0.14 s). Without it the text decides."""
+
+    def __init__(self, make_module: Callable[[], Any], *, cache: Path | None, key: str | None = None) -> None:
         import llvmlite.binding as llvm
 
         llvm.initialize_native_target()
@@ -47,13 +64,13 @@ class Library:
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
         )
-        text = str(make_module())
+        text = None if key else str(make_module())
         made_for = f"{llvm.llvm_version_info} {llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}"
-        name = _digest(f"{made_for}\n{text}".encode()).hex()
+        name = _digest(f"{made_for}\n{text or _sources() + str(key)}".encode()).hex()
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
         code = _read(cache / name) if cache else None
         if code is None:
-            code = _compile(llvm, machine, text)
+            code = _compile(llvm, machine, text or str(make_module()))
             if cache:
                 _write(cache / name, code)
         self._engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(code))
@@ -82,6 +99,12 @@ def _read(path: Path) -> bytes | None:
     except OSError:
         return None
     return content[_DIGEST:] if content[:_DIGEST] == _digest(content[_DIGEST:]) else None
+
+
+@functools.cache
+def _sources() -> str:
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return _digest(b"\n".join(file.read_bytes() for file in files)).hex()
 
 
 def _digest(content: bytes) -> bytes:

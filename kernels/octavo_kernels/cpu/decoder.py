@@ -47,26 +47,32 @@ class Shape:
         return self.heads // self.kv_heads
 
 
-def embed(module: ir.Module, name: str, hidden: int) -> None:
-    """x[t] = row ids[t] of a Q8_0 weight in the packed layout. args: quants, scales, x float32 `[T, hidden]`."""
+def embed(module: ir.Module, name: str, hidden: int, bits: int, *, minima: bool, zero: int) -> None:
+    """x[t] = row ids[t] of a packed weight (`linear.Packed`). args: quants, scales, minima, x float32 `[T, hidden]`."""
     code = Code(module, name)
     b, blocks = code.b, hidden // BLOCK
-    quants, scales, x, ids = code.pointer(0), code.pointer(1), code.pointer(2), code.step_pointer(IDS)
+    quants, scales, low_ends, x = (code.pointer(number) for number in range(4))
     first, last = code.share(code.step_value(TOKENS))
     line = code.stack(64)
     with code.loop(first, last) as token:
-        row = code.load(ids, code.mul(token, 8), i64)
+        row = code.load(code.step_pointer(IDS), code.mul(token, 8), i64)
         group, lane = code.div(row, 32), code.rem(row, 32)
+        vector, place = code.div(lane, 16), code.rem(lane, 16)
         with code.loop(0, blocks) as block:
             at = code.add(code.mul(group, blocks), block)
-            for word in range(8):
-                vector, place = code.div(lane, 16), code.rem(lane, 16)
-                offset = code.add(code.mul(at, 1024), code.mul(vector, 512), 64 * word, code.mul(place, 4))
+            for word in range(bits):  # 32-bit words of a row's block
+                offset = code.add(code.mul(at, 128 * bits), code.mul(vector, 64 * bits), 64 * word, code.mul(place, 4))
                 code.store(code.load(quants, offset, i32), line, 4 * word)
-            scale = b.fpext(code.load(scales, code.add(code.mul(at, 64), code.mul(lane, 2)), ir.HalfType()), f32)
+            entry = code.add(code.mul(at, 64), code.mul(lane, 2))
+            scale = code.splat(b.fpext(code.load(scales, entry, ir.HalfType()), f32))
+            low_end = code.splat(b.fpext(code.load(low_ends, entry, ir.HalfType()), f32)) if minima else None
             for half in range(2):
-                unsigned = b.zext(code.load(line, 16 * half, ir.VectorType(ir.IntType(8), 16)), v16i)
-                value = b.fmul(b.sitofp(b.sub(unsigned, code.ints(128)), v16f), code.splat(scale))
+                stored = b.zext(code.load(line, 0 if bits == 4 else 16 * half, ir.VectorType(ir.IntType(8), 16)), v16i)
+                if bits == 4:
+                    stored = b.lshr(stored, code.ints(4)) if half else b.and_(stored, code.ints(15))
+                value = b.fmul(b.sitofp(b.sub(stored, code.ints(zero)), v16f), scale)
+                if low_end is not None:
+                    value = b.fadd(value, low_end)
                 code.store(value, x, code.mul(code.add(code.mul(token, hidden), code.mul(block, 32), 16 * half), 4))
     code.finish()
 

@@ -11,7 +11,7 @@ import functools
 import torch
 from llvmlite import ir
 
-from octavo_kernels.cpu.compiler import Library
+from octavo_kernels.cpu.compiler import Library, kept_objects
 from octavo_kernels.cpu.emit import Code, Value, Variable, f32, i32, i64, v16f, v16i
 from octavo_kernels.cpu.program import run_alone
 from octavo_kernels.gumbel import M1, M2, UNIT, A, B, C
@@ -37,8 +37,8 @@ def gumbel_sample_cpu(
 
 @functools.cache
 def _library() -> Library:
-    """Compiled when first needed, in 0.06 s; for the life of the process."""
-    return Library(_module, cache=None)
+    """Loaded when first needed, or compiled in 0.06 s; for the life of the process."""
+    return Library(_module, cache=kept_objects(), key=NAME)
 
 
 def _module() -> ir.Module:

@@ -2,7 +2,7 @@
 
 A step reads every weight once and multiplies the tokens of all its rows with it. So tokens per second cannot exceed
 rows / max(bytes of weights / bandwidth, operations of a token * rows / rate of products); both are measured here, by
-summing a large array and by a large product, on the device and in the type that the engine uses.
+reading a large array and by a large product, on the device and in the type that the engine uses.
 """
 
 from __future__ import annotations
@@ -32,8 +32,12 @@ from octavo.cli.options import (
     sampling,
 )
 from octavo.cli.screen import console, size
+from octavo.host import usable_cores
+from octavo.host_memory import zero_pages
 
 if TYPE_CHECKING:
+    import torch
+
     from octavo.llm import LLM
 
 
@@ -152,11 +156,17 @@ def machine_limits(llm: LLM) -> MachineLimits:
     return MachineLimits(measure_bandwidth(on), measure_products(on, kind), limits.weight_bytes, parameters)
 
 
-def measure_bandwidth(device: object) -> float:
+def measure_bandwidth(device: torch.device) -> float:
     """Bytes a second that all cores read together from memory: the best of several passes over 512 MiB."""
     import torch
+    from octavo_kernels.cpu.compiler import available
 
-    data = torch.ones(1 << 27, dtype=torch.float32, device=device)  # type: ignore[call-overload]
+    if device.type == "cpu" and available():
+        from octavo_kernels.cpu.bandwidth import read_bandwidth
+
+        memory = zero_pages(1 << 29, large=True)
+        return read_bandwidth(memory.fill_(1), min(torch.get_num_threads(), usable_cores()))
+    data = torch.ones(1 << 27, dtype=torch.float32, device=device)
     return float(data.numel() * 4 / _best(data.sum))
 
 

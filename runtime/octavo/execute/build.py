@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from octavo_kernels.cpu.compiler import keep_objects_in
 from octavo_kernels.cpu.processor import cpu_flags
 
 from octavo.attention.base import AttentionBackend
@@ -61,6 +62,7 @@ def build_core(
 ) -> EngineCore:  # fmt: skip
     """Load the model and put an engine around it."""
     threads = limit_torch_threads()
+    keep_objects_in(cache_dir() / "kernels")
     kv = _kv_cache(model_config, resolved)
     model: Model
     attention: AttentionBackend

@@ -74,9 +74,8 @@ def held_weights(model: ModelConfig, packing: Packing | None, dtype: torch.dtype
         counts = {"Q4_1": weight_count(model) - tables, "Q8_0": tables}
     if packing == "file":
         counts = Counter()
-        for name, kind, count in model.stored:
-            # what the kernels do not know becomes Q8_0, and so does the embedding
-            counts[kind if kind in BYTES and name != "token_embd.weight" else "Q8_0"] += count
+        for kind, count in model.stored:
+            counts[kind if kind in BYTES else "Q8_0"] += count  # what the kernels do not know becomes Q8_0
     names = sorted(counts, key=lambda kind: -counts[kind])
     size = sum(count * BYTES[kind] // BLOCK for kind, count in counts.items())
     return Held(f"{' + '.join(names)} (GGUF)" if packing == "file" else packing, size)

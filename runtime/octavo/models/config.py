@@ -84,8 +84,8 @@ class ModelConfig:
     bos_token_id: int | None = None
     pad_token_id: int | None = None
     generation_defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    stored: tuple[tuple[str, str, int], ...] = field(default=(), compare=False, repr=False)
-    """Name, type and elements of each matrix of a GGUF file."""
+    stored: tuple[tuple[str, int], ...] = field(default=(), compare=False, repr=False)
+    """Type and elements of each matrix of a GGUF file."""
 
 
 def load_config(files: ModelFiles) -> ModelConfig:

@@ -85,7 +85,7 @@ def _config(gguf: GGUFFile, file: str) -> ModelConfig:
             bos_token_id=whole.token_id("tokenizer.ggml.bos_token_id"),
             pad_token_id=whole.token_id("tokenizer.ggml.padding_token_id"),
             stored=tuple(
-                (info.name, info.type_name, math.prod(info.shape)) for info in names.values() if len(info.shape) == 2
+                (info.type_name, math.prod(info.shape)) for info in names.values() if len(info.shape) == 2
             ),
             generation_defaults={
                 name: whole.number(f"general.sampling.{key}", low=-1.0)

@@ -21,6 +21,8 @@ from octavo.models.config import ModelConfig
 from octavo.models.packed_weights import PackedWeights
 
 if TYPE_CHECKING:
+    from octavo_kernels.cpu.compiler import Library
+    from octavo_kernels.cpu.decoder import Shape
     from octavo_kernels.cpu.linear import Packed
     from octavo_kernels.cpu.program import Program
 
@@ -61,7 +63,6 @@ class PackedLlama:
         cache: Path,
     ) -> None:  # fmt: skip
         from octavo_kernels.cpu import decoder, program
-        from octavo_kernels.cpu.compiler import Library
 
         self.config, self._weights, self._kv = config, weights, kv
         self._cos_sin = cos_sin_table(config, max_len, torch.device("cpu"))
@@ -69,7 +70,7 @@ class PackedLlama:
         self._kernels = _Kernels(config, self._tile)
         self._buffers = _Buffers(config, max_tokens, self._weights.head.outputs)
         forward, logits = self._forward_steps(), self._logits_steps()
-        self._library = Library(self._kernels.module, cache=cache)
+        self._library = self._kernels.library(cache)
         self._forward, self._logits = self._program(forward), self._program(logits)
         self._team = program.Team(self._library, threads)
 
@@ -119,9 +120,8 @@ class PackedLlama:
 
     def _forward_steps(self) -> list[_Step]:
         b, kernels, layers = self._buffers, self._kernels, self._weights.layers
-        steps: list[_Step] = [
-            (kernels.embed(), [self._weights.embedding.quants, self._weights.embedding.scales, b.residual])
-        ]
+        table = self._weights.embedding
+        steps: list[_Step] = [(kernels.embed(table), [table.quants, table.scales, table.minima, b.residual])]
         for index, layer in enumerate(layers):
             keys, values = self._kv.keys[index], self._kv.values[index]
             stride = keys.stride(0) * keys.element_size()
@@ -169,59 +169,74 @@ class _Buffers:
 
 
 class _Kernels:
-    """The kernels that a model needs, each written once, by name."""
+    """The kernels that a model needs, by name: noted when a step asks for them, written if they must be compiled."""
 
     def __init__(self, config: ModelConfig, tile: int) -> None:
-        from llvmlite import ir
-        from octavo_kernels.cpu import decoder, linear, program
+        from octavo_kernels.cpu import decoder, linear
 
         self._config, self._tile, self._decoder, self._linear = config, tile, decoder, linear
-        self._module = ir.Module("octavo")
-        self._names: set[str] = set()
-        program.functions(self._module)
+        self._writers: dict[str, Callable[[object], None]] = {}
 
-    def module(self) -> object:
-        return self._module
+    def library(self, cache: Path) -> Library:
+        from octavo_kernels.cpu.compiler import Library
 
-    def _once(self, name: str, write: Callable[[], None]) -> str:
-        if name not in self._names:
-            self._names.add(name)
-            write()
+        c = self._config
+        sizes = (c.hidden_size, c.intermediate_size, c.qkv_bias, c.qk_norm, self._tile, self._shape(0))
+        return Library(self._module, cache=cache, key=repr((sizes, sorted(self._writers))))
+
+    def _module(self) -> object:
+        from llvmlite import ir
+        from octavo_kernels.cpu import program
+
+        module = ir.Module("octavo")
+        program.functions(module)
+        for write in self._writers.values():
+            write(module)
+        return module
+
+    def _noted(self, name: str, write: Callable[[object], None]) -> str:
+        """A name says everything that is not a size of the model."""
+        self._writers.setdefault(name, write)
         return name
 
     def product(self, packed: Packed, *, add: bool) -> str:
-        minima = packed.minima is not None
-        name = f"multiply_{packed.bits}_{packed.inputs}_{packed.zero}_{'add' if add else 'set'}"
-        return self._once(name, lambda: self._linear.multiply(
-            self._module, name, packed.bits, packed.inputs, minima=minima, zero=packed.zero, add=add
+        bits, inputs, zero, minima = packed.bits, packed.inputs, packed.zero, packed.minima is not None
+        name = f"multiply_{bits}_{inputs}_{zero}_{'add' if add else 'set'}"
+        return self._noted(name, lambda module: self._linear.multiply(
+            module, name, bits, inputs, minima=minima, zero=zero, add=add
         ))  # fmt: skip
 
     def quantise(self) -> str:
         size = self._config.hidden_size
-        return self._once("quantise", lambda: self._linear.quantise_rows(self._module, "quantise", size))
+        return self._noted("quantise", lambda module: self._linear.quantise_rows(module, "quantise", size))
 
-    def embed(self) -> str:
-        return self._once("embed", lambda: self._decoder.embed(self._module, "embed", self._config.hidden_size))
+    def embed(self, packed: Packed) -> str:
+        bits, zero, minima, size = packed.bits, packed.zero, packed.minima is not None, self._config.hidden_size
+        name = f"embed_{bits}_{zero}"
+        return self._noted(
+            name, lambda module: self._decoder.embed(module, name, size, bits, minima=minima, zero=zero)
+        )
 
     def norm(self, *, quantised: bool) -> str:
         name = "norm_quantised" if quantised else "norm"
-        return self._once(name, lambda: self._decoder.norm(
-            self._module, name, self._config.hidden_size, self._config.rms_norm_eps, quantised=quantised
+        return self._noted(name, lambda module: self._decoder.norm(
+            module, name, self._config.hidden_size, self._config.rms_norm_eps, quantised=quantised
         ))  # fmt: skip
 
     def rotate(self) -> str:
         bias, qk_norm = self._config.qkv_bias, self._config.qk_norm
-        return self._once("rotate", lambda: self._decoder.rotate_and_cache(
-            self._module, "rotate", self._shape(0), bias=bias, qk_norm=qk_norm
+        return self._noted("rotate", lambda module: self._decoder.rotate_and_cache(
+            module, "rotate", self._shape(0), bias=bias, qk_norm=qk_norm
         ))  # fmt: skip
 
     def attention(self, window: int) -> str:
-        name = f"attention_{window}"
-        return self._once(name, lambda: self._decoder.attention(self._module, name, self._shape(window), self._tile))
+        name, shape, tile = f"attention_{window}", self._shape(window), self._tile
+        return self._noted(name, lambda module: self._decoder.attention(module, name, shape, tile))
 
     def gate(self) -> str:
-        return self._once("gate", lambda: self._decoder.gate(self._module, "gate", self._config.intermediate_size))
+        size = self._config.intermediate_size
+        return self._noted("gate", lambda module: self._decoder.gate(module, "gate", size))
 
-    def _shape(self, window: int) -> object:
+    def _shape(self, window: int) -> Shape:
         c = self._config
         return self._decoder.Shape(c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps, window)

@@ -60,12 +60,11 @@ class PackedWeights:
 class Recipe:
     linear: Maker
     embedding: Maker
-    """Q8_0: the kernel that looks rows up knows no other."""
     head: Maker
 
 
 def _as_in_file(reader: WeightReader) -> Recipe:
-    return Recipe(keep_bits(reader), keep_bits(reader, "Q8_0"), keep_bits(reader))
+    return Recipe(keep_bits(reader), keep_bits(reader), keep_bits(reader))
 
 
 def _rounded(linear: str) -> Callable[[WeightReader], Recipe]:
@@ -152,8 +151,8 @@ def _moved(tensor: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------- makers
 
 
-def keep_bits(reader: WeightReader, only: str | None = None) -> Maker:
-    """The blocks of the file where these are of one kind (and `only`, where given); otherwise rounded to Q8_0."""
+def keep_bits(reader: WeightReader) -> Maker:
+    """The blocks of the file where these are of one kind; otherwise rounded to Q8_0."""
     from octavo_kernels.cpu.linear import pack
     from octavo_kernels.cpu.quantise import are_finite
 
@@ -164,7 +163,7 @@ def keep_bits(reader: WeightReader, only: str | None = None) -> Maker:
         names = _checked(reader, parts, inputs)
         blocks = [reader.blocks(name) for name in names]
         kinds = {found[1] if found else None for found in blocks}
-        if len(kinds) > 1 or None in kinds or only not in (None, *kinds):
+        if len(kinds) > 1 or None in kinds:
             return rounded(parts, inputs)
         rows, kind = [found[0] for found in blocks if found], kinds.pop() or ""
         packed = pack(rows[0] if len(rows) == 1 else torch.cat(rows), kind, inputs)
