@@ -43,20 +43,6 @@ class AsyncTokenStream:
             raise assembler.error
         raise StopAsyncIteration
 
-    async def end(self) -> RequestOutput:
-        """Wait for everything, without pieces."""
-        assembler = self._assembler
-        self._service.check_process()
-        try:
-            while not assembler.done:
-                assembler.take(await self._events.get())
-        except BaseException:  # cancelled while waiting
-            self.close()
-            raise
-        if assembler.error is not None:
-            raise assembler.error
-        return assembler.output()
-
     @property
     def output(self) -> RequestOutput:
         """Everything so far."""
@@ -152,11 +138,16 @@ class AsyncLLM(Client):
     ) -> list[RequestOutput]:  # fmt: skip
         streams = [self._prepare(p, q, priority, special) for p, q in zip(prompts, params, strict=True)]
 
+        async def finish(stream: AsyncTokenStream) -> RequestOutput:
+            async for _ in stream:
+                pass
+            return stream.output
+
         tasks: list[asyncio.Task[RequestOutput]] = []
         try:
             for stream in streams:
                 await _submit(stream._service, stream._assembler.request)
-                tasks.append(asyncio.create_task(stream.end()))
+                tasks.append(asyncio.create_task(finish(stream)))
             results = await asyncio.gather(*tasks, return_exceptions=True)
         except BaseException:
             for stream in streams:

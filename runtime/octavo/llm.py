@@ -192,7 +192,7 @@ class LLM(Client):
                     assembler = assemblers[number]
                     if assembler.done:
                         continue
-                    assembler.take(event)
+                    assembler.push(event)
                     finished = assembler.done
                     open_requests -= finished
                     advance(int(finished), len(event.token_ids))
