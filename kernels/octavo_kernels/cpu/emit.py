@@ -117,6 +117,11 @@ class Code:
     def load(self, base: Value, offset: Value, kind: Any) -> Value:
         return self.b.load(self.at(base, offset), typ=kind, align=1)
 
+    def prefetch(self, base: Value, offset: Value) -> None:
+        """Have a line of memory brought into the second cache; nothing happens where there is none."""
+        to_read, second, data = (ir.Constant(i32, number) for number in (0, 2, 1))
+        self.call("llvm.prefetch.p0", ir.VoidType(), self.at(base, offset), to_read, second, data)
+
     def store(self, value: Value, base: Value, offset: Value) -> None:
         self.b.store(value, self.at(base, offset), align=1)
 
