@@ -1,4 +1,5 @@
-"""Memory of the process that goes back to the system when an engine closes. Used where an engine is started and closed.
+"""Memory of the process: large pages for weights and cache, and how all of it goes back to the system when an engine
+closes. Used where an engine is started and closed.
 
 glibc keeps what is freed at the end of a heap below a threshold, and maps large blocks by themselves above another. It
 raises both whenever a large block is freed, to 64 and 32 MiB, and only the main thread's heap can be trimmed by asking.
