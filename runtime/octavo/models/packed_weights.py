@@ -116,8 +116,8 @@ def load_packed(
 
 
 def _into_large_pages(weights: PackedWeights) -> None:
-    """Move the matrices, in the order in which a step reads them, into one piece of large pages: read at 37 to 41 GB/s
-    there, at 32 to 37 in small pages (96 MB, two threads)."""
+    """Move the matrices, in the order in which a step reads them, into one piece of large pages. A step of one token
+    took 3.24 ms there and 3.33 in small pages (medians of 40 in turns, by hand; at best 2.57 and 2.79)."""
     places: list[tuple[object, str]] = [
         (layer, name) for layer in weights.layers for name in ("qkv", "out", "gate_up", "down")
     ]
