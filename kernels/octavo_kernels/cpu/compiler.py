@@ -83,6 +83,20 @@ class Library:
         return found
 
 
+@functools.cache
+def library_of(name: str, write: Callable[[Any], None]) -> Library:
+    """Of one kernel that any caller may run alone: loaded or compiled when first needed, kept as long as the process."""
+
+    def make() -> Any:
+        from llvmlite import ir
+
+        module = ir.Module(name)
+        write(module)
+        return module
+
+    return Library(make, cache=_kept, key=name)
+
+
 def _compile(llvm: Any, machine: Any, text: str) -> bytes:
     module = llvm.parse_assembly(text)
     module.verify()

@@ -7,14 +7,13 @@ enough of the probability reaches.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 
 import torch
 from llvmlite import ir
 
-from octavo_kernels.cpu.compiler import Library, kept_objects
+from octavo_kernels.cpu.compiler import library_of
 from octavo_kernels.cpu.emit import Code, Value, Variable, f32, i32, i64, v16f, v16i
 from octavo_kernels.cpu.program import run_alone
 
@@ -34,19 +33,7 @@ def filter_cpu(
     room = torch.empty(2, vocabulary + 32)
     held = [logits, temperature.contiguous(), top_k.contiguous(), top_p.contiguous(), min_p.log(), room[0], room[1]]
     sizes = (vocabulary, logits.stride(0), len(logits))
-    run_alone(_library(), NAME, torch.tensor([*(tensor.data_ptr() for tensor in held), *sizes]))
-
-
-@functools.cache
-def _library() -> Library:
-    """Loaded when first needed, or compiled in 0.3 s; for the life of the process."""
-    return Library(_module, cache=kept_objects(), key=NAME)
-
-
-def _module() -> ir.Module:
-    module = ir.Module("filter")
-    filter_rows(module)
-    return module
+    run_alone(library_of(NAME, filter_rows), NAME, torch.tensor([*(tensor.data_ptr() for tensor in held), *sizes]))
 
 
 def filter_rows(module: ir.Module) -> None:

@@ -6,12 +6,10 @@ runs on: at temperature 0.8 a token of the default model cost twice what a greed
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from llvmlite import ir
 
-from octavo_kernels.cpu.compiler import Library, kept_objects
+from octavo_kernels.cpu.compiler import library_of
 from octavo_kernels.cpu.emit import Code, Value, Variable, f32, i32, i64, v16f, v16i
 from octavo_kernels.cpu.program import run_alone
 from octavo_kernels.gumbel import M1, M2, UNIT, A, B, C
@@ -31,20 +29,8 @@ def gumbel_sample_cpu(
     held = [logits, temperature.contiguous(), seeds.contiguous(), positions.contiguous(), out]
     sizes = (logits.shape[1], logits.stride(0), len(logits))
     step = torch.tensor([*(tensor.data_ptr() for tensor in held), *sizes])
-    run_alone(_library(), NAME, step)
+    run_alone(library_of(NAME, draw), NAME, step)
     return out
-
-
-@functools.cache
-def _library() -> Library:
-    """Loaded when first needed, or compiled in 0.06 s; for the life of the process."""
-    return Library(_module, cache=kept_objects(), key=NAME)
-
-
-def _module() -> ir.Module:
-    module = ir.Module("sampling")
-    draw(module)
-    return module
 
 
 def draw(module: ir.Module) -> None:
