@@ -85,7 +85,7 @@ class Library:
 
 @functools.cache
 def library_of(name: str, write: Callable[[Any], None]) -> Library:
-    """Of one kernel that any caller may run alone: loaded or compiled when first needed, kept as long as the process."""
+    """Of one kernel that any caller may run alone. Loaded or compiled when first needed, then kept."""
 
     def make() -> Any:
         from llvmlite import ir
