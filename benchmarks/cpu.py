@@ -121,6 +121,8 @@ class Bench:
             asked |= {"workloads": self.given.workloads, "requests": self.given.requests}
             python = self.pythons[column.engine]
             environment = os.environ | surroundings(column.engine, python)
+            # pip compiles what it installs to bytecode; a checkout, such as Octavo's, must be allowed to keep its own
+            environment.pop("PYTHONDONTWRITEBYTECODE", None)
             began = time.time()
             command = [python, str(HERE / "cpu_engines.py"), json.dumps(asked)]
             record |= json.loads(last_line(output_of(command, environment, self.given.timeout)))

@@ -2,7 +2,7 @@
 closes. Used where an engine is started and closed.
 
 glibc keeps what is freed at the end of a heap below a threshold, and maps large blocks by themselves above another. It
-raises both whenever a large block is freed, to 64 and 32 MiB, and only the main thread's heap can be trimmed by asking.
+raises both whenever a large block is freed, to 64 and 32 MiB, and asking trims the end of the main thread's heap alone.
 So each engine after the first would lie in the heaps of its threads, and 20 to 46 MB of the default model stay after
 every other close (`benchmarks/memory.py`). Therefore: while an engine is started, large blocks are mapped and what is
 freed goes back; while it lets go of things too; in between the thresholds are the highest, so that what a step frees
@@ -45,6 +45,25 @@ def memory_goes_back() -> Iterator[None]:
             _inside -= 1
             if not _inside:
                 _set_thresholds(mapped_from=_LARGE, trimmed_from=2 * _LARGE)
+        if (glibc := _glibc()) is not None:
+            glibc.malloc_trim(0)  # what lies free between other things, too: 25 MB after a start, in 3 ms
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """No collection of unreachable cycles inside: a start makes some 300 000 objects that stay (torch's modules, a
+    vocabulary and its merges), and looking through them again and again took 0.25 of 1.7 s. Afterwards all count as
+    old, or the next collection of young objects would begin with these, for 0.09 s."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if gc.get_freeze_count() == 0:
+            gc.freeze()
+            gc.unfreeze()  # into the oldest generation
+        if was_enabled:
+            gc.enable()
 
 
 def give_back_memory() -> None:
@@ -54,8 +73,6 @@ def give_back_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    if (glibc := _glibc()) is not None:
-        glibc.malloc_trim(0)
 
 
 def zero_pages(size: int, *, large: bool) -> torch.Tensor:

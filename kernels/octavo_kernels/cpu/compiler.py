@@ -1,6 +1,6 @@
-"""Turns a module of kernels into machine code for this processor, once: the object is kept on disk by its content.
+"""Turns a module of kernels into machine code for this processor, once: it is kept on disk by its content.
 
-No compiler needs to be installed: LLVM comes with llvmlite, and what it makes is loaded into the process.
+No compiler needs to be installed: LLVM comes with llvmlite. It is loaded only by a process that has to compile.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from octavo_kernels.cpu.processor import cpu_flags
+from octavo_kernels.cpu.image import Image, Loaded, link
+from octavo_kernels.cpu.processor import cpu_flags, cpu_name
 
 NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16")
 """What the kernels of this folder are written for (AMD since Zen 4, Intel since Cooper Lake and Sapphire Rapids)."""
@@ -41,11 +43,7 @@ def kept_objects() -> Path | None:
 @functools.cache
 def available() -> bool:
     """These kernels run here: llvmlite is installed and the processor has what they need."""
-    if sys.platform != "linux":
-        return False
-    try:
-        import llvmlite.binding  # noqa: F401
-    except (ImportError, OSError):
+    if sys.platform != "linux" or find_spec("llvmlite") is None:
         return False
     return cpu_flags().issuperset(NEEDED)
 
@@ -57,30 +55,21 @@ class Library:
     not in the cache (writing the text of the default model's kernels takes 0.14 s). Without it the text decides."""
 
     def __init__(self, make_module: Callable[[], Any], *, cache: Path | None, key: str | None = None) -> None:
-        import llvmlite.binding as llvm
+        import llvmlite  # only its version; `llvmlite.binding` is what loads LLVM
 
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-        machine = llvm.Target.from_default_triple().create_target_machine(
-            cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
-        )
         text = None if key else str(make_module())
-        made_for = f"{llvm.llvm_version_info} {llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}"
-        name = _digest(f"{made_for}\n{text or _sources() + str(key)}".encode()).hex()
-        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-        code = _read(cache / name) if cache else None
-        if code is None:
-            code = _compile(llvm, machine, text or str(make_module()))
+        made_by = f"llvmlite {llvmlite.__version__} for {cpu_name()} {sorted(cpu_flags())}"
+        name = _digest(f"{made_by}\n{text or _sources() + str(key)}".encode()).hex()
+        kept = _read(cache / name) if cache else None
+        if kept is None:
+            kept = link(_compile(text or str(make_module()))).to_bytes()
             if cache:
-                _write(cache / name, code)
-        self._engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(code))
-        self._engine.finalize_object()
+                _write(cache / name, kept)
+        self._loaded = Loaded(Image.from_bytes(kept))
 
     def address(self, name: str) -> int:
-        found: int = self._engine.get_function_address(name)
-        if not found:
-            raise KeyError(name)
-        return found
+        """Raises KeyError."""
+        return self._loaded.address(name)
 
 
 @functools.cache
@@ -97,7 +86,16 @@ def library_of(name: str, write: Callable[[Any], None]) -> Library:
     return Library(make, cache=_kept, key=name)
 
 
-def _compile(llvm: Any, machine: Any, text: str) -> bytes:
+def _compile(text: str) -> bytes:
+    """An object file."""
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, reloc="pic",
+        codemodel="small",
+    )  # fmt: skip
     module = llvm.parse_assembly(text)
     module.verify()
     passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
@@ -107,7 +105,7 @@ def _compile(llvm: Any, machine: Any, text: str) -> bytes:
 
 
 def _read(path: Path) -> bytes | None:
-    """None for a file that is not what was written: LLVM ends the process when it is given half an object."""
+    """None for a file that is not what was written: half a kernel would end the process."""
     try:
         content = path.read_bytes()
     except OSError:

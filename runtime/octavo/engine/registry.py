@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from octavo.config import EngineConfig
 from octavo.engine.service import EngineService
-from octavo.host_memory import memory_goes_back
+from octavo.host_memory import collector_paused, memory_goes_back
 from octavo.models.config import ModelConfig, load_config
 from octavo.models.sources import ModelFiles, Progress, resolve
 from octavo.tokenizer import Tokenizer, load_tokenizer
@@ -92,7 +92,7 @@ def acquire(config: EngineConfig, progress: Progress | None = None) -> Engine:
             if engine is not None and not engine.service.closed:
                 engine.users += 1
                 return engine
-        with memory_goes_back():
+        with collector_paused(), memory_goes_back():
             engine = _start(config, progress)
         with _lock:
             engine.users = 1
@@ -117,9 +117,10 @@ def _start(config: EngineConfig, progress: Progress | None) -> Engine:
             lambda: build_core(config, files, model_config, resolved, progress),
             max_queued_requests=config.max_queued_requests,
         )
+        checked = background.submit(lambda: tokenizer.result().check_against(model_config))
         service.start()
         try:
-            tokenizer.result().check_against(model_config)
+            checked.result()
         except BaseException:
             service.close()
             raise
