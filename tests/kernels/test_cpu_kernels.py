@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from octavo_kernels.cpu.compiler import Library, available
+from octavo_kernels.cpu.packed import pack, unpack
+from test_packed_layout import blocks_of
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs AVX512-VNNI, AVX512-BF16 and llvmlite")
 
 if available():
     from llvmlite import ir
-    from octavo_kernels.cpu import decoder, linear, program, quantise
+    from octavo_kernels.cpu import decoder, linear, program
 
 
 def run(library: Library, name: str, step: list[int], *args: object, threads: int = 2) -> None:
@@ -40,35 +42,17 @@ def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q, torch.stack([scale, scale * count, count.view(torch.float32)], dim=1).contiguous()
 
 
-def blocks_of(kind: str, outputs: int, inputs: int) -> torch.Tensor:
-    size = quantise.BYTES[kind]
-    blocks = torch.randint(0, 256, (outputs, inputs // 32, size), dtype=torch.uint8)
-    head = 4 if kind == "Q4_1" else 2
-    blocks[..., :head] = (torch.randn(outputs, inputs // 32, head // 2) * 0.02).half().view(torch.uint8)
-    return blocks.view(outputs, -1)
-
-
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
-def test_pack_keeps_every_weight(kind: str) -> None:
-    from gguf.constants import GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    blocks = blocks_of(kind, 96, 64)
-    expected = torch.from_numpy(dequantize(blocks.numpy(), GGMLQuantizationType[kind]))
-    torch.testing.assert_close(linear.unpack(linear.pack(blocks, kind, 64)), expected, atol=1e-6, rtol=1e-6)
-
-
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
 def test_products(kind: str, add: bool, threads: int) -> None:
     inputs, outputs = 160, 224
-    packed = linear.pack(blocks_of(kind, outputs, inputs), kind, inputs)
+    packed = pack(blocks_of(kind, outputs, inputs), kind, inputs)
     minima = packed.minima is not None
     lib = library(
         lambda m: linear.multiply(m, "f", packed.bits, inputs, minima=minima, zero=packed.zero, add=add),
     )
-    weight = linear.unpack(packed).double()
+    weight = unpack(packed).double()
     together = None
     x = torch.randn(13, inputs)
     q, planes = quantised(x)
@@ -105,13 +89,13 @@ def test_rows_are_quantised_as_the_twin_does() -> None:
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
 def test_embedding_rows(kind: str) -> None:
-    packed = linear.pack(blocks_of(kind, 100, 64), kind, 64)
+    packed = pack(blocks_of(kind, 100, 64), kind, 64)
     ids = torch.tensor([0, 99, 31, 32, 63, 5])
     x = torch.zeros(6, 64)
     minima = packed.minima is not None
     lib = library(lambda m: decoder.embed(m, "f", 64, packed.bits, minima=minima, zero=packed.zero))
     run(lib, "f", [6, ids.data_ptr()], packed.quants, packed.scales, packed.minima, x)
-    torch.testing.assert_close(x, linear.unpack(packed)[ids], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(x, unpack(packed)[ids], atol=1e-6, rtol=1e-6)
 
 
 def test_norms() -> None:

@@ -9,16 +9,21 @@ import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
-from octavo_kernels.cpu.quantise import BLOCK, are_finite, quantise_q4, quantise_q8
+from octavo_kernels.cpu.packed import pack
+from octavo_kernels.cpu.quantise import BLOCK, quantise_q4, quantise_q8
 
 Quantise = Callable[[torch.Tensor], torch.Tensor]
 KINDS: dict[str, Quantise] = {"Q4_1": quantise_q4, "Q8_0": quantise_q8}
 
 
+def bad_row(weight: torch.Tensor, kind: str) -> int | None:
+    return pack(KINDS[kind](weight), kind, weight.shape[1]).first_bad_row()
+
+
 def rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
     """What another implementation of the format reads."""
     blocks = KINDS[kind](weight)
-    assert are_finite(blocks, kind)
+    assert bad_row(weight, kind) is None
     return torch.from_numpy(dequantize(blocks.numpy(), GGMLQuantizationType[kind]).copy())
 
 
@@ -93,8 +98,8 @@ def test_scales_that_float16_cannot_hold_become_zero(kind: str, small: float) ->
 def test_what_does_not_fit_is_seen(kind: str, bad: float) -> None:
     weight = random("normal")
     weight[7, 40] = bad
-    assert not are_finite(KINDS[kind](weight), kind)
-    assert are_finite(KINDS[kind](weight[8:]), kind)
+    assert bad_row(weight, kind) == 7
+    assert bad_row(weight[8:], kind) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -32,7 +32,7 @@ from test_batch_invariance import some_prompts
 from tiny_models import PackedParts, Parts, make_model
 
 if available():
-    from octavo_kernels.cpu.linear import pack, unpack
+    from octavo_kernels.cpu.packed import pack, unpack
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs AVX512-VNNI and AVX512-BF16")
 

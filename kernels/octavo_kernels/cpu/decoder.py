@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from octavo_kernels.cpu.emit import Code, Value, Variable, f32, i16, i32, i64, v16f, v16i
-from octavo_kernels.cpu.linear import BLOCK, Activations, store_quantised
+from octavo_kernels.cpu.linear import Activations, store_quantised
+from octavo_kernels.cpu.quantise import BLOCK
 
 KEYS = 32
 """Tokens in a block of the cache."""
@@ -48,7 +49,7 @@ class Shape:
 
 
 def embed(module: ir.Module, name: str, hidden: int, bits: int, *, minima: bool, zero: int) -> None:
-    """x[t] = row ids[t] of a packed weight (`linear.Packed`). args: quants, scales, minima, x float32 `[T, hidden]`."""
+    """x[t] = row ids[t] of a packed weight (`packed.Packed`). args: quants, scales, minima, x float32 `[T, hidden]`."""
     code = Code(module, name)
     b, blocks = code.b, hidden // BLOCK
     quants, scales, low_ends, x = (code.pointer(number) for number in range(4))

@@ -1,13 +1,8 @@
 """Products with weights of 4 or 8 bits, on AVX512-VNNI: the weights stay in the bits of their file.
 
-Formats are those of GGUF: blocks of 32 along the inner dimension, each with a scale d (and a minimum m): w = d * q + m
-(Q4_1), d * (q - 8) (Q4_0), d * q (Q8_0). The other factor is quantised as llama.cpp does it, 8 bits with a scale for
-each 32 values, so a block's product is a sum of integers, exact in any order, and a row's result depends on that row
-alone: the same bits in any batch.
-
-Packed: outputs in groups of 32, blocks in order, two vectors of 16 outputs; a vector holds four inner values (Q8) or
-four and the four 16 further (Q4) of 16 outputs, so that one instruction adds four products to each of 16 sums.
-https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h describes the blocks.
+`packed` says how they lie. The other factor is quantised as llama.cpp does it, 8 bits with a scale for each 32 values,
+so a block's product is a sum of integers, exact in any order, and a row's result depends on that row alone: the same
+bits in any batch.
 
 Limit: a product of one row reads every weight once; of many rows, 8 of 11 vector operations are products.
 """
@@ -20,70 +15,13 @@ import torch
 from llvmlite import ir
 
 from octavo_kernels.cpu.emit import Code, Value, f32, i32, v16b, v16f, v16h, v16i
-from octavo_kernels.cpu.quantise import BYTES
+from octavo_kernels.cpu.packed import GROUP
+from octavo_kernels.cpu.quantise import BLOCK
 
-BLOCK = 32
-GROUP = 32
-"""Outputs that are computed together: two vectors."""
 ROWS = 4
 """Rows that share what was loaded of the weights. In a first trial, 4 and 6 reached 307 and 318 GOP/s on one core."""
 ACTIVATION_PLANES = 3
 """Beside the bytes of a quantised row: scale, scale * sum of the bytes (float32), sum of the bytes (int32)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A weight `[outputs, inputs]` in the layout of the kernels. `outputs` is a multiple of 32 (padded with zeros)."""
-
-    bits: int
-    outputs: int
-    inputs: int
-    quants: torch.Tensor
-    """uint8, flat."""
-    scales: torch.Tensor
-    """float16 `[outputs / 32, inputs / 32, 32]`."""
-    minima: torch.Tensor | None
-    """float16 like `scales`; None: q counts from `zero`."""
-    zero: int
-    """What is subtracted from the unsigned q: 8 for Q4_0, 128 for Q8_0 (stored as q + 128), 0 with minima."""
-
-
-def pack(blocks: torch.Tensor, kind: str, inputs: int) -> Packed:
-    """GGUF blocks, uint8 `[outputs, inputs / 32 * bytes of a block]`, as the kernels want them."""
-    size = BYTES[kind]
-    outputs, count = len(blocks), inputs // BLOCK
-    padding = -outputs % GROUP
-    if padding:
-        blocks = torch.cat([blocks, blocks.new_zeros(padding, blocks.shape[1])])
-    blocks = blocks.view(-1, count, size)
-    head = 4 if kind == "Q4_1" else 2
-    words = blocks[:, :, head:].contiguous().view(torch.int32)  # four inner values (or pairs of them) each
-    groups = len(words) // GROUP
-    quants = words.view(groups, 2, 16, count, -1).permute(0, 3, 1, 4, 2).contiguous().view(torch.uint8).view(-1)
-    if kind == "Q8_0":
-        quants ^= 128
-
-    def halves(at: int) -> torch.Tensor:
-        values = blocks[:, :, at : at + 2].contiguous().view(torch.float16)[..., 0]
-        return values.view(groups, GROUP, count).transpose(1, 2).contiguous()
-
-    minima = halves(2) if kind == "Q4_1" else None
-    zero = {"Q4_0": 8, "Q4_1": 0, "Q8_0": 128}[kind]
-    return Packed(8 if kind == "Q8_0" else 4, len(words), inputs, quants, halves(0), minima, zero)
-
-
-def unpack(packed: Packed) -> torch.Tensor:
-    """The twin of `pack`: float32 `[outputs, inputs]`."""
-    groups, count = packed.outputs // GROUP, packed.inputs // BLOCK
-    words = packed.quants.view(groups, count, 2, -1, 16, 4)  # group, block, vector, word, lane, byte
-    words = words.permute(0, 2, 4, 1, 3, 5).reshape(packed.outputs, count, -1)
-    q = words if packed.bits == 8 else torch.cat([words & 15, words >> 4], dim=-1)
-
-    def of(values: torch.Tensor) -> torch.Tensor:
-        return values.transpose(1, 2).reshape(packed.outputs, count, 1).float()
-
-    offset = 0.0 if packed.minima is None else of(packed.minima)
-    return ((q.float() - packed.zero) * of(packed.scales) + offset).view(packed.outputs, packed.inputs)
 
 
 def quantise_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

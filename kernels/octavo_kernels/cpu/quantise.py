@@ -1,4 +1,4 @@
-"""From numbers to blocks of 4 or 8 bits (Q4_1, Q8_0), as `linear.pack` takes them. Called while weights are loaded.
+"""From numbers to blocks of 4 or 8 bits (Q4_1, Q8_0), as `packed.Packer` takes them. Called while weights are loaded.
 
 A block of 32 values has a scale d, in Q4_1 also a minimum m, both float16: w = d * q + m. Here d and m of Q4_1 are
 chosen for the least squared error. Some spans are tried (how many steps lie between a block's smallest and largest
@@ -37,19 +37,13 @@ _TINY = 1e-30
 
 def quantise_q4(weight: torch.Tensor) -> torch.Tensor:
     """float32 `[outputs, inputs]` -> Q4_1 blocks, uint8 `[outputs, inputs / 32 * 20]`. Where float16 does not hold a
-    scale or minimum, it is stored as infinity or NaN: see `are_finite`."""
+    scale or minimum, it is stored as infinity or NaN: see `Packed.first_bad_row`."""
     return _by_pieces(weight, BYTES["Q4_1"], _q4)
 
 
 def quantise_q8(weight: torch.Tensor) -> torch.Tensor:
     """float32 `[outputs, inputs]` -> Q8_0 blocks, uint8 `[outputs, inputs / 32 * 34]`; else as `quantise_q4`."""
     return _by_pieces(weight, BYTES["Q8_0"], _q8)
-
-
-def are_finite(blocks: torch.Tensor, kind: str) -> bool:
-    """The scales and minima of blocks: not so if a weight was NaN, infinite or too large."""
-    halves = blocks.view(-1, BYTES[kind])[:, : 4 if kind == "Q4_1" else 2]
-    return bool(torch.isfinite(halves.contiguous().view(torch.float16)).all())
 
 
 def _by_pieces(weight: torch.Tensor, size: int, kernel: Kernel) -> torch.Tensor:

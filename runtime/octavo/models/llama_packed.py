@@ -23,7 +23,7 @@ from octavo.models.packed_weights import PackedWeights
 if TYPE_CHECKING:
     from octavo_kernels.cpu.compiler import Library
     from octavo_kernels.cpu.decoder import Shape
-    from octavo_kernels.cpu.linear import Packed
+    from octavo_kernels.cpu.packed import Packed
     from octavo_kernels.cpu.program import Program
 
 _Step = tuple[str, Sequence[int | torch.Tensor | None]]
