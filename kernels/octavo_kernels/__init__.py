@@ -10,14 +10,29 @@ Words for shapes: `T` tokens in a step, `B` sequences, `H` query heads, `KH` KV 
 
 from octavo_kernels.activation import silu_and_mul, silu_and_mul_reference
 from octavo_kernels.attention import paged_attention, paged_attention_reference
+from octavo_kernels.draw import draw_tokens, draw_tokens_reference
 from octavo_kernels.filter import top_k_top_p_min_p, top_k_top_p_min_p_reference
 from octavo_kernels.gumbel import gumbel_sample, gumbel_sample_reference
 from octavo_kernels.norm import fused_add_rms_norm, fused_add_rms_norm_reference
 from octavo_kernels.rope import RopeStep, prepare_rope, rope_and_cache, rope_and_cache_reference
-from octavo_kernels.steps import step_inputs, step_inputs_reference
+from octavo_kernels.row import row_linear, row_linear_reference
+from octavo_kernels.steps import (
+    enter_blocks,
+    enter_blocks_reference,
+    find_broken,
+    find_broken_reference,
+    step_inputs,
+    step_inputs_reference,
+)
 
 __all__ = [
     "RopeStep",
+    "draw_tokens",
+    "draw_tokens_reference",
+    "enter_blocks",
+    "enter_blocks_reference",
+    "find_broken",
+    "find_broken_reference",
     "fused_add_rms_norm",
     "fused_add_rms_norm_reference",
     "gumbel_sample",
@@ -27,6 +42,8 @@ __all__ = [
     "prepare_rope",
     "rope_and_cache",
     "rope_and_cache_reference",
+    "row_linear",
+    "row_linear_reference",
     "silu_and_mul",
     "silu_and_mul_reference",
     "step_inputs",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import lru_cache
 
 import torch
 
@@ -19,3 +20,10 @@ INTERPRETED = HAVE_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 def use_triton(tensor: torch.Tensor) -> bool:
     """True where the Triton kernel is to run for `tensor`: on a GPU, or on the CPU in Triton's interpreter."""
     return HAVE_TRITON and (tensor.is_cuda or INTERPRETED)
+
+
+@lru_cache(maxsize=32)
+def launches_early(device: torch.device) -> bool:
+    """Kernels may begin before the one in front of them in the stream has ended, and wait for it themselves
+    (programmatic dependent launch, from compute capability 9.0 on): what they read of weights comes in meanwhile."""
+    return device.type == "cuda" and not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)

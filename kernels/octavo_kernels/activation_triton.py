@@ -10,10 +10,14 @@ import triton
 import triton.language as tl
 
 from octavo_kernels import tiles
+from octavo_kernels._dispatch import launches_early
 
 
 @triton.jit
-def silu_and_mul_kernel(x, out, x_stride, out_stride, columns, TILE: tl.constexpr):
+def silu_and_mul_kernel(x, out, x_stride, out_stride, columns, TILE: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = column < columns
@@ -29,8 +33,10 @@ def silu_and_mul_triton(x: torch.Tensor, out: torch.Tensor | None = None) -> tor
     rows, columns = x.shape[0], x.shape[1] // 2
     if out is None:
         out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
+    early = launches_early(x.device)
     if rows and columns:
         silu_and_mul_kernel[rows, triton.cdiv(columns, tiles.SILU_TILE)](
-            x, out, x.stride(0), out.stride(0), columns, TILE=tiles.SILU_TILE, num_warps=4
-        )
+            x, out, x.stride(0), out.stride(0), columns, TILE=tiles.SILU_TILE, EARLY=early, num_warps=4,
+            launch_pdl=early,
+        )  # fmt: skip
     return out

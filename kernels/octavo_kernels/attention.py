@@ -21,6 +21,8 @@ def paged_attention(
     scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
+    longest_fresh: int = 0,
+    shared_splits: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of new tokens to all tokens of their own sequence, whose KV is in the cache already.
@@ -40,6 +42,11 @@ def paged_attention(
         scale: factor on `q . k`, as a rule `D ** -0.5`.
         window: when above 0, only keys with `position(q) - position(k) < window` are seen.
         soft_cap: when above 0, scores become `soft_cap * tanh(score / soft_cap)` before the mask.
+        longest_fresh: when above 0, sequences of more new tokens than this and no others are left out: the caller has a
+            faster way for them.
+        shared_splits: `[1]` int32 on the device: the first so many times `tiles.MIN_SPLIT` keys lie in the same blocks
+            for all sequences, each of which has one query and at most `tiles.MIN_SPLIT * tiles.MAX_SPLITS` tokens.
+            Makes it faster and changes no bit. Not with a window.
         out: `[T, H, D]` to receive the result.
 
     Returns:
@@ -70,6 +77,10 @@ def paged_attention(
         raise ValueError(f"max_query_len and max_seq_len must be at least 1; got {max_query_len} and {max_seq_len}")
     if window < 0 or soft_cap < 0:
         raise ValueError(f"window and soft_cap are off at 0 and never negative; got {window} and {soft_cap}")
+    if shared_splits is not None:
+        check.vector("shared_splits", shared_splits, 1, torch.int32)
+        if window > 0 or max_query_len > 1:
+            raise ValueError("shared_splits is for decoding without a window")
     if out is not None:
         check.output("out", out, (tokens, heads, head_size), q.dtype)
     if use_triton(q):
@@ -78,7 +89,8 @@ def paged_attention(
         run = paged_attention_reference
     return run(
         q, k_cache, v_cache, block_table, query_start, seq_lens,
-        max_query_len=max_query_len, max_seq_len=max_seq_len, scale=scale, window=window, soft_cap=soft_cap, out=out,
+        max_query_len=max_query_len, max_seq_len=max_seq_len, scale=scale, window=window, soft_cap=soft_cap,
+        longest_fresh=longest_fresh, shared_splits=shared_splits, out=out,
     )  # fmt: skip
 
 
@@ -95,6 +107,8 @@ def paged_attention_reference(
     scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
+    longest_fresh: int = 0,
+    shared_splits: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The twin of `paged_attention`; same arguments, same result. One sequence at a time, in fp32: made to be right."""
@@ -104,7 +118,7 @@ def paged_attention_reference(
     bounds, lengths = query_start.tolist(), seq_lens.tolist()
     for b, length in enumerate(lengths):
         begin, end = bounds[b], bounds[b + 1]
-        if begin == end:
+        if begin == end or (longest_fresh and end - begin == length > longest_fresh):
             continue
         blocks = block_table[b, : -(-length // block_size)].long()
         keys = _gather(k_cache, blocks, length, group)

@@ -1,4 +1,5 @@
-"""The Triton side of `attention.py`: one kernel for prefill and decode, and a second which joins the splits of decode.
+"""The Triton side of `attention.py`: one kernel for prefill and decode, one that joins the splits of decode, and one
+for splits that many sequences have in common.
 
 The rows of a tile are query tokens times the query heads of one KV head, so that keys are read once for a whole group.
 A sequence takes one of two ways, by its own count of new tokens:
@@ -6,6 +7,9 @@ A sequence takes one of two ways, by its own count of new tokens:
 - *short* (up to `tiles.SHORT_QUERY`): its keys fall into splits, each attended to on its own; partial sums go to a
   scratch buffer and `join_splits_kernel` joins them in order. With one split the result is written at once.
 - *long*: tiles of its queries walk over all their keys; there are tiles enough to fill the GPU.
+
+Where all sequences of a decoding step begin with the same blocks, the splits in there are attended to by tiles of many
+sequences' queries, which read the keys once; sums and order are those of the other way.
 
 A step with both kinds launches both, and each launch passes over the other's sequences. So which way a sequence goes,
 its splits and its tiles follow from its own numbers and the chip, and its result is the same in every batch. How many
@@ -22,9 +26,10 @@ import triton
 import triton.language as tl
 
 from octavo_kernels import tiles
-from octavo_kernels._dispatch import INTERPRETED
+from octavo_kernels._dispatch import INTERPRETED, launches_early
 
 LOG2E = 1.4426950408889634
+NO_LIMIT = 2**31 - 1
 
 
 @triton.jit
@@ -129,17 +134,23 @@ def _attend(
     return acc, top, total
 
 
-@triton.jit
+# Numbers that change with the batch are not specialised on: each new one of them would be compiled for.
+@triton.jit(
+    do_not_specialize=["batch", "halvings", "tiles_each", "token_slots", "split_slots", "window", "longest_fresh"]
+)
 def paged_attention_kernel(
-    q, k_cache, v_cache, block_table, query_start, seq_lens, out, part_acc, part_top, part_total,
+    q, k_cache, v_cache, block_table, query_start, seq_lens, out, part_acc, part_top, part_total, shared,
     batch, halvings, tiles_each, token_slots, split_slots,
     q_stride_token, q_stride_head, out_stride_token, out_stride_head,
-    stride_block, stride_head, stride_slot, table_stride, window, scale, cap,
+    stride_block, stride_head, stride_slot, table_stride, longest_fresh, window, scale, cap,
     GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHORT: tl.constexpr, SHORT_QUERY: tl.constexpr,
     MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     kv_head = tl.program_id(1)
     if SHORT:
@@ -167,6 +178,8 @@ def paged_attention_kernel(
         if count <= SHORT_QUERY:
             return
     length = tl.load(seq_lens + b)
+    if (count == length) & (count > longest_fresh):
+        return
     first_position = length - count + tile * BLOCK_Q
     end = tl.minimum(first_position + BLOCK_Q, length)
 
@@ -190,7 +203,10 @@ def paged_attention_kernel(
         span = length - first_key
         size = _split_size(span, MIN_SPLIT, MAX_SPLITS)
         splits = tl.cdiv(span, size)
-        for split in range(tl.program_id(2), splits, tl.num_programs(2)):
+        done = 0
+        if SHARED:
+            done = tl.load(shared)
+        for split in range(done + tl.program_id(2), splits, tl.num_programs(2)):
             start = first_key + split * size
             acc, top, total = _attend(
                 queries, start, tl.minimum(start + size, end), first_position, position,
@@ -217,14 +233,55 @@ def paged_attention_kernel(
         tl.store(out_at, result.to(out.dtype.element_ty), mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "split_slots"])
+def shared_splits_kernel(
+    q, k_cache, v_cache, block_table, query_start, part_acc, part_top, part_total, shared, batch, split_slots,
+    q_stride_token, q_stride_head, stride_block, stride_head, stride_slot, scale, cap,
+    GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MIN_SPLIT: tl.constexpr, CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One split, common to all sequences, for a tile of (sequence, query head of a KV head)."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    split = tl.program_id(2)
+    if split >= tl.load(shared):
+        return
+    kv_head = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b = row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    token = tl.load(query_start + b, mask=b < batch, other=0)
+    live = (b < batch) & (tl.load(query_start + b + 1, mask=b < batch, other=0) > token)
+    column = tl.arange(0, BLOCK_D)
+    kept = live[:, None] & (column < HEAD_SIZE)[None, :]
+    q_at = q + token.to(tl.int64)[:, None] * q_stride_token + head[:, None] * q_stride_head + column[None, :]
+    start = split * MIN_SPLIT
+    acc, top, total = _attend(
+        tl.load(q_at, mask=kept, other=0), start, start + MIN_SPLIT, start + MIN_SPLIT, row * 0 + start + MIN_SPLIT,
+        k_cache + kv_head.to(tl.int64) * stride_head, v_cache + kv_head.to(tl.int64) * stride_head, block_table,
+        stride_block, stride_slot, 0, scale, cap,
+        BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, False, CAPPED, PRECISION, WIDE,
+    )  # fmt: skip
+    place = (b.to(tl.int64) * tl.num_programs(1) * GROUP + head) * split_slots + split
+    tl.store(part_acc + place[:, None] * HEAD_SIZE + column[None, :], acc, mask=kept)
+    tl.store(part_top + place, top, mask=live)
+    tl.store(part_total + place, total, mask=live)
+
+
+@triton.jit(do_not_specialize=["token_slots", "split_slots", "window"])
 def join_splits_kernel(
     part_acc, part_top, part_total, query_start, seq_lens, out,
     token_slots, split_slots, out_stride_token, out_stride_head, window,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SHORT_QUERY: tl.constexpr,
-    MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, WINDOWED: tl.constexpr,
+    MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, TOGETHER: tl.constexpr, WINDOWED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Join the splits of one query token and head, in their order: the result does not depend on the batch."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     b = tl.program_id(0) // token_slots
     token = tl.program_id(0) % token_slots
     head = tl.program_id(1)
@@ -239,14 +296,18 @@ def join_splits_kernel(
         return
     place = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head) * split_slots
     split = tl.arange(0, MAX_SPLITS)
-    anchor = tl.max(tl.load(part_top + place + split, mask=split < splits, other=float("-inf")), axis=0)
+    top = tl.load(part_top + place + split, mask=split < splits, other=float("-inf"))
+    anchor = tl.max(top, axis=0)
+    total = tl.sum(tl.exp2(top - anchor) * tl.load(part_total + place + split, mask=split < splits, other=0), axis=0)
     column = tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_D], tl.float32)
-    total = 0.0
-    for s in range(splits):
-        weight = tl.exp2(tl.load(part_top + place + s) - anchor)
-        total += weight * tl.load(part_total + place + s)
-        acc += weight * tl.load(part_acc + (place + s) * HEAD_SIZE + column, mask=column < HEAD_SIZE, other=0)
+    for first in range(0, splits, TOGETHER):
+        s = first + tl.arange(0, TOGETHER)
+        exists = s < splits
+        weight = tl.exp2(tl.load(part_top + place + s, mask=exists, other=float("-inf")) - anchor)
+        part = part_acc + (place + s)[:, None] * HEAD_SIZE + column[None, :]
+        values = tl.load(part, mask=exists[:, None] & (column < HEAD_SIZE)[None, :], other=0)
+        acc += tl.sum(weight[:, None] * values, axis=0)
     out_at = out + (begin + token).to(tl.int64) * out_stride_token + head * out_stride_head + column
     tl.store(out_at, (acc / total).to(out.dtype.element_ty), mask=column < HEAD_SIZE)
 
@@ -270,6 +331,8 @@ def paged_attention_triton(
     scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
+    longest_fresh: int = 0,
+    shared_splits: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`attention.paged_attention` without its checks. Raises `ValueError` for a head size above 256."""
@@ -281,6 +344,7 @@ def paged_attention_triton(
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if tokens == 0 or batch == 0:
         return out
+    early = launches_early(device)
     group, block_d = heads // kv_heads, max(16, triton.next_power_of_2(head_size))
     itemsize = q.element_size()
     for short in (True, False):
@@ -303,24 +367,37 @@ def paged_attention_triton(
             rows = batch * token_slots * heads * split_slots
             part_acc = torch.empty(rows, head_size, dtype=torch.float32, device=device)
             part_top, part_total = torch.empty(2, rows, dtype=torch.float32, device=device).unbind(0)
+        shares = short and shared_splits is not None and split_slots > 1
+        precision = "ieee" if q.dtype == torch.float32 else "tf32"
+        factor, cap = 2 * LOG2E * scale / soft_cap if soft_cap > 0 else LOG2E * scale, soft_cap * LOG2E
+        if shares:
+            shared_splits_kernel[triton.cdiv(batch * group, tiles.SHARED_ROWS), kv_heads, split_slots](
+                q, k_cache, v_cache, block_table, query_start, part_acc, part_top, part_total, shared_splits, batch,
+                split_slots, q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
+                factor, cap, GROUP=group, BLOCK_SIZE=k_cache.shape[2], HEAD_SIZE=head_size, BLOCK_D=block_d,
+                BLOCK_M=tiles.SHARED_ROWS, BLOCK_N=tile.block_n, MIN_SPLIT=tiles.MIN_SPLIT, CAPPED=soft_cap > 0,
+                PRECISION=precision, WIDE=INTERPRETED, EARLY=early, num_warps=4, num_stages=1, launch_pdl=early,
+            )  # fmt: skip
         paged_attention_kernel[grid](
             q, k_cache, v_cache, block_table, query_start, seq_lens, out, part_acc, part_top, part_total,
+            shared_splits if shares else out,
             batch, (batch - 1).bit_length(), tiles_each, token_slots, split_slots,
             q.stride(0), q.stride(1), out.stride(0), out.stride(1),
-            k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), block_table.stride(0), window,
-            2 * LOG2E * scale / soft_cap if soft_cap > 0 else LOG2E * scale, soft_cap * LOG2E,
+            k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), block_table.stride(0),
+            longest_fresh or NO_LIMIT, window,
+            factor, cap,
             GROUP=group, BLOCK_SIZE=k_cache.shape[2], HEAD_SIZE=head_size, BLOCK_D=block_d,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SHORT=short, SHORT_QUERY=tiles.SHORT_QUERY,
             MIN_SPLIT=tiles.MIN_SPLIT, MAX_SPLITS=tiles.MAX_SPLITS, WINDOWED=window > 0, CAPPED=soft_cap > 0,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32", WIDE=INTERPRETED,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            PRECISION=precision, WIDE=INTERPRETED, EARLY=early, SHARED=shares,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=early,
         )  # fmt: skip
         if split_slots > 1:
             join_splits_kernel[batch * token_slots, heads](
                 part_acc, part_top, part_total, query_start, seq_lens, out,
                 token_slots, split_slots, out.stride(0), out.stride(1), window,
                 HEAD_SIZE=head_size, BLOCK_D=block_d, BLOCK_N=tile.block_n, SHORT_QUERY=tiles.SHORT_QUERY,
-                MIN_SPLIT=tiles.MIN_SPLIT, MAX_SPLITS=tiles.MAX_SPLITS, WINDOWED=window > 0,
-                num_warps=min(4, max(1, block_d // 32)),
+                MIN_SPLIT=tiles.MIN_SPLIT, MAX_SPLITS=tiles.MAX_SPLITS, TOGETHER=tiles.JOINED, WINDOWED=window > 0,
+                EARLY=early, num_warps=tiles.JOIN_WARPS, launch_pdl=early,
             )  # fmt: skip
     return out

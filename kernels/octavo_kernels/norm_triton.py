@@ -9,13 +9,18 @@ import torch
 import triton
 import triton.language as tl
 
+from octavo_kernels._dispatch import launches_early
+
 
 @triton.jit
 def add_rms_norm_kernel(
     x, residual, weight, normed, hidden,
     x_stride, residual_stride, normed_stride, columns, eps,
-    HAS_RESIDUAL: tl.constexpr, TILE: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, TILE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, TILE)
     inside = column < columns
@@ -42,10 +47,11 @@ def fused_add_rms_norm_triton(
     normed = torch.empty(rows, columns, dtype=x.dtype, device=x.device) if out is None else out
     hidden = x if residual is None else torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     other = x if residual is None else residual
-    tile = triton.next_power_of_2(columns)
+    tile, early = triton.next_power_of_2(columns), launches_early(x.device)
     if rows:
         add_rms_norm_kernel[(rows,)](
             x, other, weight, normed, hidden, x.stride(0), other.stride(0), normed.stride(0), columns, eps,
-            HAS_RESIDUAL=residual is not None, TILE=tile, num_warps=min(16, max(1, tile // 512)),
+            HAS_RESIDUAL=residual is not None, TILE=tile, EARLY=early, num_warps=min(16, max(1, tile // 512)),
+            launch_pdl=early,
         )  # fmt: skip
     return normed, hidden

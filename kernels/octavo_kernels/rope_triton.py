@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from octavo_kernels import tiles
+from octavo_kernels._dispatch import launches_early
 
 
 @triton.jit
@@ -31,8 +32,11 @@ def rope_and_cache_kernel(
     cache_stride_block, cache_stride_head, cache_stride_slot, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     NORM_Q: tl.constexpr, NORM_K: tl.constexpr, TILE_HEADS: tl.constexpr, TILE_HALF: tl.constexpr,
-    TILE_REST: tl.constexpr,
+    TILE_REST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * TILE_HEADS + tl.arange(0, TILE_HEADS))[:, None]
     slot = tl.load(slots + token)
@@ -108,6 +112,7 @@ def rope_and_cache_triton(
         out = torch.empty(tokens, num_heads, head_size, dtype=qkv.dtype, device=qkv.device)
     if tokens == 0:
         return out
+    early = launches_early(qkv.device)
     tile_half = triton.next_power_of_2(max(1, half))
     tile_heads = max(1, tiles.ROPE_TILE // tile_half)
     rope_and_cache_kernel[tokens, triton.cdiv(num_heads + 2 * num_kv_heads, tile_heads)](
@@ -117,6 +122,6 @@ def rope_and_cache_triton(
         k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), eps,
         HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_SIZE=head_size, HALF=half, BLOCK_SIZE=k_cache.shape[2],
         NORM_Q=q_norm is not None, NORM_K=k_norm is not None, TILE_HEADS=tile_heads, TILE_HALF=tile_half,
-        TILE_REST=triton.next_power_of_2(max(1, head_size - 2 * half)), num_warps=4,
+        TILE_REST=triton.next_power_of_2(max(1, head_size - 2 * half)), EARLY=early, num_warps=4, launch_pdl=early,
     )  # fmt: skip
     return out

@@ -1,4 +1,5 @@
-"""Model inputs of a step, built on the device from stable rows. Called by the runtime's row table once a step.
+"""What a step does with stable rows beside the model: its inputs are built, new blocks are entered, broken sequences
+are found. Called by the runtime once a step.
 
 The host sends only row numbers and counts; token ids, positions and cache slots are looked up where they already are.
 """
@@ -102,3 +103,64 @@ def step_inputs_reference(
     for target, source in zip(out, (ids, positions, slots), strict=True):
         target.copy_(source)
     return out
+
+
+def enter_blocks(block_table: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, blocks: torch.Tensor) -> None:
+    """`block_table[rows[u], columns[u]] = blocks[u]`. Each place at most once; `rows[u] < 0` is padding.
+
+    Args:
+        block_table: `[R, max_blocks]` int32.
+        rows, columns, blocks: `[U]` int32.
+
+    Raises:
+        ValueError: a shape or a dtype is wrong.
+    """
+    check.dtype("block_table", block_table, torch.int32)
+    check.unit_stride("block_table", block_table)
+    for name, vector in (("rows", rows), ("columns", columns), ("blocks", blocks)):
+        check.vector(name, vector, rows.shape[0], torch.int32)
+    if use_triton(block_table):
+        from octavo_kernels.steps_triton import enter_blocks_triton
+
+        enter_blocks_triton(block_table, rows, columns, blocks)
+    else:
+        enter_blocks_reference(block_table, rows, columns, blocks)
+
+
+def enter_blocks_reference(
+    block_table: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, blocks: torch.Tensor
+) -> None:
+    """The twin of `enter_blocks`; same arguments, same result."""
+    real = rows >= 0
+    block_table[rows[real].long(), columns[real].long()] = blocks[real]
+
+
+def find_broken(states: torch.Tensor, query_start: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Which sequences have a state that is NaN or infinite: `out[b]` becomes 1, of the others 0.
+
+    Args:
+        states: `[T, N]`, fp32, bf16 or fp16. Rows from `query_start[B]` on are padding, whatever they hold.
+        query_start: `[B + 1]` int32, running sum of the token counts, beginning with 0.
+        out: `[B]` int32, returned.
+
+    Raises:
+        ValueError: a shape or a dtype is wrong.
+    """
+    batch = query_start.shape[0] - 1
+    check.shape("states", states, (-1, -1))
+    check.dtype("states", states, *check.FLOATS)
+    check.unit_stride("states", states)
+    check.vector("query_start", query_start, batch + 1, torch.int32)
+    check.vector("out", out, batch, torch.int32)
+    if use_triton(states):
+        from octavo_kernels.steps_triton import find_broken_triton
+
+        return find_broken_triton(states, query_start, out)
+    return find_broken_reference(states, query_start, out)
+
+
+def find_broken_reference(states: torch.Tensor, query_start: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The twin of `find_broken`; same arguments, same result."""
+    bad = states.isfinite().all(dim=1).logical_not_()
+    before = torch.nn.functional.pad(bad.cumsum(0), (1, 0))[query_start.long()]
+    return out.copy_(before[1:] > before[:-1])

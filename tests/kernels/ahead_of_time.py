@@ -41,8 +41,11 @@ def source(kernel: JITFunction, values: dict[str, Any]) -> ASTSource:
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, values[parameter.name]
         aligned = False
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        fixed = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or fixed:
             signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, int) and parameter.do_not_specialize:
+            signature[name] = "i32"
         elif isinstance(value, torch.Tensor):
             signature[name] = "*" + DTYPES[value.dtype]
             aligned = value.data_ptr() % 16 == 0
@@ -67,6 +70,11 @@ def attention_calls() -> None:
             torch.zeros(64, heads, size, dtype=dtype), cache, cache, torch.zeros(4, 32, dtype=torch.int32),
             ints, ints[:4], max_query_len=32, max_seq_len=32768, scale=0.1, **options,
         )  # fmt: skip
+        paged_attention_triton(
+            torch.zeros(4, heads, size, dtype=dtype), cache, cache, torch.zeros(4, 32, dtype=torch.int32),
+            ints, ints[:4], max_query_len=1, max_seq_len=32768, scale=0.1, shared_splits=ints[:1],
+            **{name: value for name, value in options.items() if name != "window"},
+        )  # fmt: skip
 
     for size in (64, 128, 256):
         call(size, torch.bfloat16)
@@ -78,7 +86,8 @@ def layer_calls() -> None:
     from octavo_kernels.activation_triton import silu_and_mul_triton
     from octavo_kernels.norm_triton import fused_add_rms_norm_triton
     from octavo_kernels.rope_triton import rope_and_cache_triton
-    from octavo_kernels.steps_triton import step_inputs_triton
+    from octavo_kernels.row_triton import row_linear_triton
+    from octavo_kernels.steps_triton import enter_blocks_triton, find_broken_triton, step_inputs_triton
 
     for dtype in (torch.bfloat16, torch.float32):
         for columns in (576, 16384):
@@ -93,18 +102,27 @@ def layer_calls() -> None:
                 torch.zeros(4, 12 * size, dtype=dtype), torch.zeros(64, rotated), longs, longs, cache, cache, 8, 2,
                 q_norm=norm, k_norm=norm,
             )  # fmt: skip
+        for outputs, inputs in ((2048, 1536), (4096, 14336)):
+            x, weight = torch.zeros(1, inputs, dtype=dtype), torch.zeros(outputs, inputs, dtype=dtype)
+            row_linear_triton(x, weight, norm=x[0], eps=1e-6, gated=True)
+            row_linear_triton(x, weight, weight[:, 0].contiguous(), residual=weight[None, :, 0].contiguous())
     ints, table = torch.zeros(5, dtype=torch.int32), torch.zeros(8, 64, dtype=torch.int32)
     step_inputs_triton(ints[:4], ints[:4], ints, table, table, 16, total=16)
+    enter_blocks_triton(table, ints, ints, ints)
+    find_broken_triton(torch.zeros(8, 4096, dtype=torch.bfloat16), ints, ints[:4])
 
 
 def sampling_calls() -> None:
+    from octavo_kernels.draw_triton import draw_tokens_triton
     from octavo_kernels.filter_triton import top_k_top_p_min_p_triton
     from octavo_kernels.gumbel_triton import gumbel_sample_triton
 
     floats, ints, longs = torch.zeros(4), torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
     for vocab in (49152, 151936):
         for dtype in (torch.bfloat16, torch.float32):
-            gumbel_sample_triton(torch.zeros(4, vocab, dtype=dtype), floats, longs, longs)
+            logits = torch.zeros(4, vocab, dtype=dtype)
+            gumbel_sample_triton(logits, floats, longs, longs)
+            draw_tokens_triton(logits, ints, ints, torch.zeros(4, 6)[:, 0], longs, ints[:, None].repeat(1, 64))
         top_k_top_p_min_p_triton(torch.zeros(4, vocab), floats, ints, floats, floats)
 
 

@@ -18,9 +18,14 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a bloc
 CONSUMER = {86: 99 * 1024}
 
 EXPECTED = {
-    "attention": {"paged_attention_kernel", "join_splits_kernel"},
-    "layers": {"add_rms_norm_kernel", "silu_and_mul_kernel", "rope_and_cache_kernel", "step_inputs_kernel"},
-    "sampling": {"best_of_tile_kernel", "best_of_row_kernel", "filter_kernel"},
+    "attention": {"paged_attention_kernel", "join_splits_kernel", "shared_splits_kernel"},
+    "layers": {
+        "add_rms_norm_kernel", "silu_and_mul_kernel", "rope_and_cache_kernel", "step_inputs_kernel",
+        "enter_blocks_kernel", "find_broken_kernel", "row_linear_kernel",
+    },
+    "sampling": {
+        "best_of_tile_kernel", "best_of_row_kernel", "best_in_tile_kernel", "note_best_kernel", "filter_kernel",
+    },
 }
 
 

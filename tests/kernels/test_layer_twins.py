@@ -108,6 +108,17 @@ def test_step_inputs_by_a_loop(counts) -> None:
     assert all(tensor.dtype == torch.int64 for tensor in result)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_row_linear_is_the_operators_it_takes_the_place_of(bias) -> None:
+    x, residual, norm = torch.randn(1, 96), torch.randn(1, 64), torch.randn(96)
+    weight, offset = torch.randn(128, 96) / 10, torch.randn(128) if bias else None
+    normed, _ = ok.fused_add_rms_norm(x, None, norm, 1e-5)
+    plain = torch.nn.functional.linear(normed, weight, offset)
+    torch.testing.assert_close(ok.row_linear(x, weight, offset, norm=norm, eps=1e-5), plain)
+    gated = ok.row_linear(x, weight, offset, norm=norm, eps=1e-5, gated=True, residual=residual)
+    torch.testing.assert_close(gated, ok.silu_and_mul(plain) + residual)
+
+
 X = torch.zeros(2, 8)
 INTS, LONGS, CACHE = torch.zeros(3, dtype=torch.int32), torch.zeros(2, dtype=torch.int64), torch.zeros(1, 1, 16, 2)
 REFUSED = {
@@ -127,10 +138,19 @@ REFUSED = {
     "logits is": lambda: ok.top_k_top_p_min_p(X.half(), torch.ones(2), INTS[:2], torch.ones(2), torch.ones(2)),
     "block_size is 0": lambda: ok.step_inputs(INTS[:2], INTS[:2], INTS, INTS[None], INTS[None], 0, total=2),
     "query_start": lambda: ok.step_inputs(INTS[:2], INTS[:2], INTS[:2], INTS[None], INTS[None], 4, total=2),
+    "temperature has shape": lambda: ok.draw_tokens(X, INTS[:2], INTS[:2], X[0], LONGS, INTS[None]),
+    "positions is torch.int64": lambda: ok.draw_tokens(X, INTS[:2], LONGS, X[0], LONGS, INTS[None]),
+    "columns has shape": lambda: ok.enter_blocks(INTS[None], INTS[:2], INTS, INTS[:2]),
+    "blocks is torch.int64": lambda: ok.enter_blocks(INTS[None], INTS[:2], INTS[:2], LONGS),
+    "out is torch.int64": lambda: ok.find_broken(X, INTS, LONGS),
+    "weight is torch.float16": lambda: ok.row_linear(X[:1], X.half()),
+    "an even number of rows": lambda: ok.row_linear(X[:1], torch.zeros(3, 8), gated=True),
+    "x has shape": lambda: ok.row_linear(X, X),
     "3 heads and k_cache 2": lambda: attend(heads=3),
     "block_table has shape": lambda: attend(table=INTS[None]),
     "max_query_len": lambda: attend(max_query_len=0),
     "window": lambda: attend(window=-1),
+    "shared_splits is for decoding": lambda: attend(window=4, shared_splits=INTS[:1]),
     "out has shape": lambda: attend(out=X),
 }
 

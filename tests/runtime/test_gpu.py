@@ -79,6 +79,39 @@ def test_forks_and_preempted_requests_are_what_they_are_alone(tmp_path: Path) ->
         assert llm.stats().preemptions > 0
 
 
+def test_a_common_prefix_and_long_prompts_change_nothing(tmp_path: Path) -> None:
+    """In bfloat16: a prompt of 5000 tokens goes to cuDNN, 24 requests attend to a common prefix at once."""
+    path = make_model("llama-head-dim", tmp_path, max_position_embeddings=8192, head_dim=64)
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprobs=0)
+
+    def logprobs(output: Any) -> torch.Tensor:
+        (made,) = output.outputs
+        return torch.tensor([entry[token].logprob for token, entry in zip(made.token_ids, made.logprobs, strict=True)])
+
+    source = torch.Generator().manual_seed(3)
+    prefix = torch.randint(2, 300, (700,), generator=source).tolist()
+    prompts = [prefix + torch.randint(2, 300, (9,), generator=source).tolist() for _ in range(24)]
+    prompts.append(torch.randint(2, 300, (5000,), generator=source).tolist())
+    with LLM(str(path), dtype="float32", enable_prefix_caching=False) as llm:
+        assert not llm.engine.service.call(lambda core: core.runner.attention.library)
+        wanted = [llm.generate(prompt, params)[0] for prompt in prompts]
+    with LLM(str(path), dtype="float32") as llm:
+        together = llm.generate(prompts[:-1], params)
+        assert llm.stats().steps < 30, "the prefix was computed by each"
+        for ours, theirs in zip(together, wanted, strict=False):
+            assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
+            torch.testing.assert_close(logprobs(ours), logprobs(theirs), atol=1e-4, rtol=1e-5)
+    with LLM(str(path), dtype="bfloat16") as llm:
+        assert llm.engine.service.call(lambda core: core.runner.attention.library)
+        forced = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+        for reference in (wanted[-1],):
+            whole = reference.prompt_token_ids + list(reference.outputs[0].token_ids)
+            (output,) = llm.generate(whole, forced)
+            found = [entry[token].logprob for token, entry in zip(whole, output.prompt_logprobs, strict=True) if entry]
+            error = (torch.tensor(found[-20:]) - logprobs(reference)).abs()
+            assert error.mean() < 0.2, error
+
+
 @pytest.fixture(scope="module")
 def default_ids(default_model: Path) -> list[list[int]]:
     with LLM(str(default_model)) as llm:

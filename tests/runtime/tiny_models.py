@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from octavo.attention.triton import TritonAttention
 from octavo.config import EngineConfig
 from octavo.engine.blocks import BlockPool
 from octavo.engine.core import EngineCore
 from octavo.engine.scheduler import Scheduler
 from octavo.execute.build import Resolved, _kv_cache, attention_for, build_core, resolve_settings
 from octavo.execute.context import KVCache
+from octavo.execute.graphed_runner import GraphedRunner
+from octavo.execute.graphs import CallAgain, StepGraphs
 from octavo.execute.runner import Runner
 from octavo.execute.table import RowTable
 from octavo.models.cache import cache_dir
@@ -169,6 +172,19 @@ class PackedParts(Parts):
                 threads=torch.get_num_threads(), cache=cache_dir() / "kernels",
             )  # fmt: skip
         return Runner(model, kv, table, ProgramAttention())
+
+
+class GraphedParts(Parts):
+    """The way of a GPU, with its attention and recorded steps, on the CPU: recordings are functions called again."""
+
+    def _runner(self, resolved: Resolved, kv: KVCache, table: RowTable, model: Any) -> Runner:
+        attention = TritonAttention()
+        graphs = StepGraphs(
+            model or self.model, kv, table, attention, max_tokens=resolved.max_num_batched_tokens,
+            hidden=self.config.hidden_size, dtype=self.dtype, recorder=CallAgain(),
+        )  # fmt: skip
+        graphs.capture()
+        return GraphedRunner(model or self.model, kv, table, attention, graphs)
 
 
 def parts_of(path: Path, kind: str) -> Parts:

@@ -31,5 +31,15 @@ class AttentionBackend(ABC):
     row_multiple: int = 1
     """Steps are padded to a multiple of so many tokens, where the products would otherwise depend on the batch."""
 
+    most_recorded: int = 4096
+    """Steps of more tokens are not recorded as graphs: for them `prepare` is given the counts of the host."""
+    prompt_step: int | None = None
+    """But a longer prompt that comes whole and alone is, rounded up to a multiple of this; None: it is not."""
+
+    def shared_parts(self, shared: int, longest: int) -> int:
+        """In how many parts the first `shared` tokens, the same blocks in all sequences of a decoding step of up to
+        `longest` tokens each, are better attended to together; 0: it makes no difference here."""
+        return 0
+
     @abstractmethod
     def prepare(self, inputs: StepInputs) -> PreparedAttention: ...

@@ -18,6 +18,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+from itertools import takewhile
 
 NULL_BLOCK = 0
 _ROOT = b"octavo"
@@ -66,6 +67,11 @@ class BlockPool:
 
     def is_shared(self, block: int) -> bool:
         return self._holders[block] > 1
+
+    def shared_by(self, blocks: Sequence[int], holders: int) -> int:
+        """How many of `blocks`, from the first on, have at least so many holders."""
+        found = takewhile(lambda block: self._holders[block] >= holders, blocks)
+        return sum(1 for _ in found)
 
     def is_idle(self, block: int) -> bool:
         """Cached: taking it up again costs one of `available`."""

@@ -46,6 +46,9 @@ class StepPlan:
     copies: list[tuple[int, int]] = field(default_factory=list)
     """(source block, destination block): copy on write, and the null block's zeros over blocks of a failed sequence."""
 
+    shared_blocks: int = 0
+    """All sequences of the step have one token and begin with so many blocks in common."""
+
     @property
     def num_tokens(self) -> int:
         return sum(step.count for step in self.steps)

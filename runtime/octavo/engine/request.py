@@ -96,6 +96,7 @@ class Sequence:
         "alone_until",
         "block_keys",
         "blocks",
+        "coming_key",
         "epoch",
         "finished",
         "index",
@@ -118,6 +119,8 @@ class Sequence:
         self.blocks: list[int] = []
         self.block_keys: list[bytes] = []
         """Hash-chain keys of the full blocks published so far."""
+        self.coming_key = b""
+        """Key of the block of its prompt that is filled next, while there is one."""
         self.row = -1
         self.finished = False
         self.epoch = 0

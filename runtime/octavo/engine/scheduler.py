@@ -15,7 +15,7 @@ from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from octavo.engine.blocks import NULL_BLOCK, BlockPool
+from octavo.engine.blocks import NULL_BLOCK, BlockPool, block_key
 from octavo.engine.plan import NewRow, RowStep, StepPlan
 from octavo.engine.request import Request, Sequence, TokenEvent
 
@@ -37,11 +37,13 @@ class Draft:
     copies: dict[int, int] = field(default_factory=dict)
     """Destination block -> source block."""
     preempted: bool = False
+    shared_blocks: int = 0
 
     def plan(self) -> StepPlan:
         copies = [(source, destination) for destination, source in self.copies.items()]
         new_blocks = [(row, index, block) for (row, index), block in self.new_blocks.items()]
-        return StepPlan([step for _, _, step in self.parts], self.new_rows, new_blocks, copies)
+        steps = [step for _, _, step in self.parts]
+        return StepPlan(steps, self.new_rows, new_blocks, copies, self.shared_blocks)
 
 
 class Scheduler:
@@ -62,6 +64,8 @@ class Scheduler:
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._arrivals = 0
         self._scrub: dict[int, int] = {}
+        self._coming: dict[bytes, Sequence] = {}
+        """Key of the block of its prompt which a running sequence fills next -> the sequence."""
 
     # ---------------------------------------------------------------- intake
 
@@ -103,6 +107,8 @@ class Scheduler:
         self._scrub.clear()
         # decoding rows first: attention back ends split a step into single tokens and longer chunks
         draft.parts.sort(key=lambda part: part[2].count > 1)
+        if draft.parts[-1][2].count == 1:
+            draft.shared_blocks = self.pool.shared_by(draft.parts[0][0].blocks, len(self.running))
         return draft
 
     def _advance(self, sequence: Sequence, draft: Draft, budget: int) -> int:
@@ -117,7 +123,7 @@ class Scheduler:
         position = 0
         while budget > 0 and self._free_rows and position < len(self.waiting):
             sequence = self.waiting[position]
-            if sequence.samples_pending or self._sibling_prefills(sequence, draft):
+            if sequence.samples_pending or self._sibling_prefills(sequence, draft) or self._is_coming(sequence):
                 position += 1  # ready in a later step; those behind need not wait for it
                 continue
             spent = self._admit(sequence, draft, budget)
@@ -155,6 +161,7 @@ class Scheduler:
             self.fresh -= 1
             metrics.queue_time = self._clock() - metrics.arrival
             metrics.cached_tokens = computed
+        self._announce(sequence)
         draft.new_rows.append(self._new_row(sequence))
         draft.new_blocks |= {(sequence.row, index): block for index, block in enumerate(blocks)}
         count = min(sequence.length - computed, budget)
@@ -303,6 +310,31 @@ class Scheduler:
             tokens = sequence.tokens[index * size : (index + 1) * size]
             parent = keys[-1] if keys else b""
             keys.append(self.pool.publish(sequence.blocks[index], parent, tokens, sequence.request.cache_salt))
+        if sequence.coming_key:
+            self._announce(sequence)
+
+    def _announce(self, sequence: Sequence) -> None:
+        """Say which block of its prompt a running sequence fills next."""
+        self._coming.pop(sequence.coming_key, None)
+        sequence.coming_key = b""
+        index, size = len(sequence.block_keys), self.pool.block_size
+        if self.pool.caching and (index + 1) * size <= sequence.num_prompt:
+            sequence.coming_key = self._key(sequence, sequence.block_keys, index)
+            self._coming[sequence.coming_key] = sequence
+
+    def _is_coming(self, sequence: Sequence) -> bool:
+        """Another sequence computes right now what this one would compute first: wait for it, and share its blocks."""
+        forks = sequence.index > 0 and not sequence.num_output
+        if not self._coming or forks or self._reports_prompt(sequence):
+            return False
+        _, keys = self.pool.match(sequence.tokens, sequence.request.cache_salt, sequence.length - 1)
+        index = len(keys)
+        whole = (index + 1) * self.pool.block_size < sequence.length
+        return whole and self._key(sequence, keys, index) in self._coming
+
+    def _key(self, sequence: Sequence, keys: list[bytes], index: int) -> bytes:
+        tokens = sequence.tokens[index * self.pool.block_size : (index + 1) * self.pool.block_size]
+        return block_key(keys[-1] if keys else b"", tokens, sequence.request.cache_salt)
 
     def _end(self, sequence: Sequence) -> None:
         sequence.finished = True
@@ -318,6 +350,8 @@ class Scheduler:
 
     def _leave_device(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        self._coming.pop(sequence.coming_key, None)
+        sequence.coming_key = b""
         self.pool.release(sequence.blocks)
         self._free_rows.append(sequence.row)
         sequence.blocks, sequence.block_keys, sequence.scheduled, sequence.row = [], [], 0, -1

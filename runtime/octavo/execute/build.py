@@ -15,7 +15,7 @@ from octavo_kernels.cpu.processor import cpu_flags
 
 from octavo.attention.base import AttentionBackend
 from octavo.attention.cpu import KV_PAD, CpuAttention
-from octavo.attention.triton import TritonAttention
+from octavo.attention.triton import TritonAttention, plan_long_prompts
 from octavo.config import EngineConfig
 from octavo.engine.blocks import BlockPool
 from octavo.engine.core import EngineCore
@@ -23,8 +23,11 @@ from octavo.engine.scheduler import Scheduler
 from octavo.engine.turns import PROCESS_CORES, Turn
 from octavo.errors import ConfigError
 from octavo.execute.context import KVCache
+from octavo.execute.graphed_runner import GraphedRunner
+from octavo.execute.graphs import CudaRecorder, StepGraphs
+from octavo.execute.model import Model
 from octavo.execute.packing import choose_packing, held_weights
-from octavo.execute.runner import Model, Runner
+from octavo.execute.runner import Runner
 from octavo.execute.table import RowTable
 from octavo.host import free_memory, usable_cores
 from octavo.host_memory import zero_pages
@@ -85,6 +88,11 @@ def build_core(
             device=resolved.device, progress=progress,
         )  # fmt: skip
         attention = attention_for(resolved.device, resolved.dtype)
+        if isinstance(attention, TritonAttention):
+            attention = TritonAttention(library=plan_long_prompts(
+                resolved.device, resolved.dtype, model_config.num_heads, model_config.num_kv_heads,
+                model_config.head_dim, resolved.max_num_batched_tokens,
+            ))  # fmt: skip
     pool = BlockPool(resolved.num_blocks, resolved.block_size, caching=config.enable_prefix_caching)
     scheduler = Scheduler(
         pool,
@@ -95,7 +103,15 @@ def build_core(
     table = RowTable(
         resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, model_config.vocab_size, resolved.device
     )
-    return EngineCore(scheduler, Runner(model, kv, table, attention), depth=resolved.depth, turns=turns)
+    runner = Runner(model, kv, table, attention)
+    if resolved.device.type == "cuda":
+        graphs = StepGraphs(
+            model, kv, table, attention, max_tokens=resolved.max_num_batched_tokens,
+            hidden=model_config.hidden_size, dtype=resolved.dtype, recorder=CudaRecorder(),
+        )  # fmt: skip
+        graphs.capture()
+        runner = GraphedRunner(model, kv, table, attention, graphs)
+    return EngineCore(scheduler, runner, depth=resolved.depth, turns=turns)
 
 
 def attention_for(device: torch.device, dtype: torch.dtype) -> AttentionBackend:

@@ -37,6 +37,8 @@ class StepInputs:
     num_decodes: int
     max_query_len: int
     max_seq_len: int
+    shared_parts: torch.Tensor | None = None
+    """[1] int32: see `AttentionBackend.shared_parts`. None: not asked for."""
 
 
 @dataclass(slots=True)

@@ -10,6 +10,8 @@ from octavo.decode.sampler import DeviceLogprobs, Sampled
 from octavo.engine.request import RawLogprobs, TokenEvent
 from octavo.errors import RequestFailedError
 
+CPU = torch.device("cpu")
+
 
 @dataclass(slots=True)
 class StepResult:
@@ -21,23 +23,25 @@ class StepResult:
     sampling: list[int]
     """Which entries sampled, in order."""
     broken: torch.Tensor
-    """[size] bool: the model's output for this entry was not finite."""
+    """[size], bool or 0 and 1: the model's output for this entry was not finite."""
     prompt_logprobs: dict[int, DeviceLogprobs] = field(default_factory=dict)
     """By entry."""
+    device: torch.device = CPU
     _copied: torch.cuda.Event | None = None
 
     def __post_init__(self) -> None:
-        if self.broken.is_cuda:
-            self.broken = _begin_copy(self.broken)
-            logprobs = list(self.prompt_logprobs.values())
-            if self.sampled is not None:
-                self.sampled.tokens = _begin_copy(self.sampled.tokens)
-                logprobs += [self.sampled.logprobs] if self.sampled.logprobs is not None else []
-            for raw in logprobs:
-                raw.chosen, raw.ranks = _begin_copy(raw.chosen), _begin_copy(raw.ranks)
-                raw.top, raw.top_ids = _begin_copy(raw.top), _begin_copy(raw.top_ids)
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record()
+        if self.device.type != "cuda":
+            return
+        self.broken = _begin_copy(self.broken)
+        logprobs = list(self.prompt_logprobs.values())
+        if self.sampled is not None:
+            self.sampled.tokens = _begin_copy(self.sampled.tokens)
+            logprobs += [self.sampled.logprobs] if self.sampled.logprobs is not None else []
+        for raw in logprobs:
+            raw.chosen, raw.ranks = _begin_copy(raw.chosen), _begin_copy(raw.ranks)
+            raw.top, raw.top_ids = _begin_copy(raw.top), _begin_copy(raw.top_ids)
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._copied.record()
 
     def wait(self) -> list[TokenEvent | None]:
         if self._copied is not None:
@@ -64,6 +68,8 @@ class StepResult:
 
 
 def _begin_copy(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_cuda:
+        return tensor  # its copy is under way already
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
 

@@ -5,7 +5,7 @@ The runner sees plans and rows, never requests; the model sees token ids, positi
 
 from __future__ import annotations
 
-from typing import Protocol
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -15,22 +15,13 @@ from octavo.decode.row import RowSampling
 from octavo.decode.sampler import DeviceLogprobs, Sampled, Sampler, logprobs_of
 from octavo.engine.plan import StepPlan
 from octavo.execute.context import ForwardContext, KVCache, StepInputs
+from octavo.execute.model import Model
 from octavo.execute.result import StepResult
 from octavo.execute.rows import not_finite, take
 from octavo.execute.table import RowTable
 
 PROMPT_LOGPROB_TILE = 256
 """Prompt positions whose logits are held at once: [256, V] float32 is 50 MB at V = 49152."""
-
-
-class Model(Protocol):
-    """What a model offers to the runner."""
-
-    def forward(self, context: ForwardContext) -> torch.Tensor:
-        """Final hidden states [T, hidden], normed."""
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[S, hidden] -> [S, V]."""
 
 
 class Runner:
@@ -48,23 +39,21 @@ class Runner:
         sampling = [entry for entry, step in enumerate(plan.steps) if step.samples]
         return StepResult(
             size=len(plan.steps),
-            sampled=self._sample(plan, inputs, hidden, sampling) if sampling else None,
+            sampled=self._sample(plan, hidden, sampling) if sampling else None,
             sampling=sampling,
             broken=broken,
-            prompt_logprobs=self._prompt_logprobs(plan, inputs, hidden),
+            prompt_logprobs=self._prompt_logprobs(plan, hidden),
+            device=self.table.device,
         )
 
-    def _sample(self, plan: StepPlan, inputs: StepInputs, hidden: torch.Tensor, sampling: list[int]) -> Sampled:
-        table = self.table
-        host_rows = [inputs.host_rows[entry] for entry in sampling]
-        lengths = [inputs.lengths[entry] for entry in sampling]
-        ends, end = [], 0
-        for count in inputs.counts:
-            end += count
-            ends.append(end - 1)
+    def _sample(self, plan: StepPlan, hidden: torch.Tensor, sampling: list[int]) -> Sampled:
+        table, steps = self.table, plan.steps
+        ends = list(accumulate(step.count for step in steps))
+        host_rows = [steps[entry].row for entry in sampling]
+        lengths = [steps[entry].start + steps[entry].count for entry in sampling]
+        last = [ends[entry] - 1 for entry in sampling]
         size = len(sampling)
         padding = -size % self.attention.row_multiple
-        last = [ends[entry] for entry in sampling]
         packed = table.send([*host_rows, *lengths, *last, *last[:1] * padding], torch.int64)
         rows, positions, chosen = torch.split(packed, [size, size, size + padding])
         logits = self.model.logits(take(hidden, chosen))[:size]
@@ -75,7 +64,7 @@ class Runner:
     def _sampling(self, rows: list[int]) -> list[RowSampling]:
         return [sampling for row in rows if (sampling := self.table.sampling[row]) is not None]
 
-    def _prompt_logprobs(self, plan: StepPlan, inputs: StepInputs, hidden: torch.Tensor) -> dict[int, DeviceLogprobs]:
+    def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, DeviceLogprobs]:
         found: dict[int, DeviceLogprobs] = {}
         first = 0
         for entry, step in enumerate(plan.steps):

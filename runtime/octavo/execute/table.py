@@ -40,8 +40,8 @@ class RowTable:
         """A small host list as a device tensor, without waiting for the device."""
         return to_device(values, dtype, self.device)
 
-    def apply(self, plan: StepPlan, kv: KVCache) -> None:
-        """Take over a plan's changes: copied blocks, new rows, new blocks."""
+    def apply(self, plan: StepPlan, kv: KVCache, *, blocks: bool = True) -> None:
+        """Take over a plan's changes: copied blocks, new rows, and new blocks unless something else enters them."""
         if plan.copies:
             pairs = self.send([block for pair in plan.copies for block in pair], torch.int64).view(-1, 2)
             kv.copy_blocks(pairs[:, 0], pairs[:, 1])
@@ -55,7 +55,7 @@ class RowTable:
             for new in plan.new_rows:
                 self.tokens[new.row, : len(new.tokens)] = self.send(new.tokens, torch.int32)
                 self.sampling[new.row] = RowSampling.of(new, self.vocab_size, self.device)
-        if plan.new_blocks:
+        if blocks and plan.new_blocks:
             update = self.send([value for entry in plan.new_blocks for value in entry], torch.int64).view(-1, 3)
             self.block_table.index_put_((update[:, 0], update[:, 1]), update[:, 2].to(torch.int32))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from octavo_kernels import RopeStep, fused_add_rms_norm, prepare_rope, rope_and_cache
+from octavo_kernels import RopeStep, fused_add_rms_norm, prepare_rope, rope_and_cache, row_linear
 
 from octavo.execute.context import ForwardContext
 from octavo.layers.linear import GatedLinear, Linear, Product, product_with
@@ -56,6 +56,21 @@ class LlamaLayer:
         normed, residual = fused_add_rms_norm(x, residual, self.mlp_norm, self.eps)
         return self.down(self.gate_up(normed)), residual
 
+    def forward_row(self, x: torch.Tensor, cos_sin: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """The same for a step of one token: `x` is the residual stream, whose norms and sums are parts of the products
+        (see `row_linear`)."""
+        inputs, k_cache, v_cache = context.inputs, context.kv.keys[self.index], context.kv.values[self.index]
+        qkv = row_linear(x, self.qkv.weight, self.qkv.bias, norm=self.attention_norm, eps=self.eps)
+        q = rope_and_cache(
+            qkv, cos_sin, inputs.positions, inputs.slots, k_cache, v_cache, self.heads, self.kv_heads,
+            q_norm=self.q_norm, k_norm=self.k_norm, eps=self.eps,
+        )  # fmt: skip
+        attended = context.attention.attend(q, k_cache, v_cache, scale=self.scale, window=self.window)
+        x = row_linear(attended.flatten(1), self.out.weight, self.out.bias, residual=x)
+        gate_up = self.gate_up
+        inner = row_linear(x, gate_up.weight, gate_up.bias, norm=self.mlp_norm, eps=self.eps, gated=True)
+        return row_linear(inner, self.down.weight, self.down.bias, residual=x)
+
     def finish(self) -> None:
         for linear in (self.qkv, self.out, self.gate_up, self.down):
             linear.finish()
@@ -87,10 +102,16 @@ class LlamaFamily:
         self.head = self.embedding if config.tie_word_embeddings else torch.empty_like(self.embedding)
         self.cos_sin = cos_sin_table(config, max_len, device)
         self._head_product: Product = lambda hidden: F.linear(hidden, self.head)
+        self.fuses_rows = device.type == "cuda"
+        """Steps of one token take `forward_row`."""
 
     def forward(self, context: ForwardContext) -> torch.Tensor:
         inputs = context.inputs
         x, residual = F.embedding(inputs.input_ids, self.embedding), None
+        if self.fuses_rows and len(x) == 1:
+            for layer in self.layers:
+                x = layer.forward_row(x, self.cos_sin, context)
+            return fused_add_rms_norm(x, None, self.final_norm, self.config.rms_norm_eps)[0]
         rope = prepare_rope(self.cos_sin, inputs.positions, inputs.slots, context.kv.keys[0])
         for layer in self.layers:
             x, residual = layer.forward(x, residual, self.cos_sin, rope, context)

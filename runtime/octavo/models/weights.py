@@ -358,8 +358,11 @@ class DummyWeights(_Reader):
         elif name.endswith(".bias"):
             dest.zero_()
         else:  # seeded by the name, so that the order of loading does not matter
-            generator = torch.Generator().manual_seed(self._seed * 1000003 + zlib.crc32(name.encode()))
-            _copy(torch.empty(dest.shape).normal_(0.0, 0.02, generator=generator), dest)
+            seed = self._seed * 1000003 + zlib.crc32(name.encode())
+            if dest.is_cuda:  # other numbers than on the CPU, which takes 30 s for those of 8 billion parameters
+                dest.normal_(0.0, 0.02, generator=torch.Generator(dest.device).manual_seed(seed))
+            else:
+                _copy(torch.empty(dest.shape).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed)), dest)
 
     def pieces(self, name: str, rows: int) -> Iterator[torch.Tensor]:
         whole = torch.empty(self.shape(name), dtype=torch.float32)

@@ -158,3 +158,36 @@ def test_strided_queries_and_caches(device) -> None:
 def test_a_head_size_too_large_is_refused(device) -> None:
     with pytest.raises(ValueError, match="512"):
         make(device, [(1, 3)], size=512).run(paged_attention_triton)
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 1.5])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 1)])
+def test_keys_in_common_change_nothing(device, heads, kv_heads, soft_cap, monkeypatch) -> None:
+    """Forty sequences begin with the same blocks; two of the step's are padding."""
+    monkeypatch.setattr(tiles, "MIN_SPLIT", 64)
+    sequences = [(1, 200 + 7 * n) for n in range(40)] + [(0, 150), (0, 0)]
+    batch = make(device, sequences, heads=heads, kv_heads=kv_heads)
+    batch.table[:, : 192 // 16] = batch.table[0, : 192 // 16]
+    options = {"soft_cap": soft_cap, "max_seq_len": 64 * tiles.MAX_SPLITS}
+    plain = batch.run(paged_attention_triton, **options)
+    assert torch.isfinite(plain).all()
+    for parts in (3, 2, 0):
+        shared = torch.tensor([parts], dtype=torch.int32, device=device)
+        found = batch.run(paged_attention_triton, shared_splits=shared, **options)
+        if device.type == "cuda":
+            assert torch.equal(found, plain)
+        else:
+            torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_long_prompts_that_come_whole_are_left_out_on_request(device) -> None:
+    batch = make(device, [(1, 37), (40, 40), (40, 41), (41, 41), (20, 20)])
+    out = torch.full_like(batch.q, 7.0)
+    batch.run(paged_attention_triton, longest_fresh=40, out=out)
+    expected = batch.run(paged_attention_reference)
+    left = slice(81, 122)
+    assert (out[left] == 7).all()
+    out[left] = expected[left]
+    torch.testing.assert_close(out.float(), expected.float(), atol=1e-2, rtol=2e-2)
+    twin = batch.run(paged_attention_reference, longest_fresh=40)
+    assert not twin[left].any()

@@ -1,17 +1,21 @@
-"""Norm, activation, rotary positions with the cache write, and step inputs against their twins."""
+"""Norm, activation, rotary positions with the cache write, and the bookkeeping of a step against their twins."""
 
 import pytest
 import torch
 from octavo_kernels import (
+    enter_blocks_reference,
+    find_broken_reference,
     fused_add_rms_norm_reference,
     rope_and_cache_reference,
+    row_linear_reference,
     silu_and_mul_reference,
     step_inputs_reference,
 )
 from octavo_kernels.activation_triton import silu_and_mul_triton
 from octavo_kernels.norm_triton import fused_add_rms_norm_triton
 from octavo_kernels.rope_triton import rope_and_cache_triton
-from octavo_kernels.steps_triton import step_inputs_triton
+from octavo_kernels.row_triton import row_linear_triton
+from octavo_kernels.steps_triton import enter_blocks_triton, find_broken_triton, step_inputs_triton
 
 NAN = float("nan")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}  # one unit in the last place, or two
@@ -116,3 +120,49 @@ def test_step_inputs(device, counts, padding) -> None:
     for actual in (step_inputs_triton(*arguments, total=total), step_inputs_triton(*arguments, total=total, out=out)):
         for one, other in zip(actual, expected, strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("count", [0, 3, 300])
+def test_enter_blocks(device, count) -> None:
+    """Also updates that are padding, whose columns and blocks mean nothing."""
+    table = torch.randint(0, 99, (40, 50), dtype=torch.int32, device=device)
+    places = torch.randperm(40 * 50, device=device)[:count].to(torch.int32)
+    rows, columns = places // 50, places % 50
+    rows[::3], columns[::3] = -1, 10**6
+    blocks = torch.arange(1000, 1000 + count, dtype=torch.int32, device=device)
+    expected = table.clone()
+    enter_blocks_reference(expected, rows, columns, blocks)
+    enter_blocks_triton(table, rows, columns, blocks)
+    assert torch.equal(table, expected)
+    assert (table >= 1000).sum() == (rows >= 0).sum()
+
+
+@pytest.mark.parametrize("bad", [NAN, float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_find_broken(device, dtype, bad) -> None:
+    counts = torch.tensor([1, 0, 5, 1, 1, 30, 2, 0])
+    query_start = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(device, torch.int32)
+    states = torch.randn(44, 100).to(device, dtype)[:, :97]
+    states[40:] = NAN  # padding
+    out = torch.full((8,), 7, dtype=torch.int32, device=device)
+    assert find_broken_triton(states, query_start, out) is out
+    assert out.tolist() == [0] * 8
+    states[5, 96] = states[6, 0] = states[37, 50] = states[39, 1] = bad
+    found = find_broken_triton(states, query_start, out).tolist()
+    assert found == [0, 0, 1, 1, 0, 1, 1, 0]
+    assert find_broken_reference(states[:40], query_start, out).tolist() == found
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 6), (100, 33), (2304, 10)])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("extras", [False, True])
+def test_row_linear(device, inputs, outputs, gated, extras, dtype) -> None:
+    x = torch.randn(1, inputs).to(device, dtype)
+    weight = (torch.randn(outputs * (1 + gated), inputs) * inputs**-0.5).to(device, dtype)
+    bias = torch.randn(len(weight)).to(device, dtype) if extras else None
+    norm = torch.randn(inputs).to(device, dtype) if extras else None
+    residual = torch.randn(1, outputs).to(device, dtype) if extras else None
+    options = {"norm": norm, "eps": 1e-5, "gated": gated, "residual": residual}
+    expected = row_linear_reference(x, weight, bias, **options)
+    close(row_linear_triton(x, weight, bias, **options), expected)

@@ -4,7 +4,15 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from octavo_kernels import gumbel, gumbel_sample_reference, gumbel_triton, tiles, top_k_top_p_min_p_reference
+from octavo_kernels import (
+    draw_tokens_reference,
+    gumbel,
+    gumbel_sample_reference,
+    gumbel_triton,
+    tiles,
+    top_k_top_p_min_p_reference,
+)
+from octavo_kernels.draw_triton import draw_tokens_triton
 from octavo_kernels.filter_triton import top_k_top_p_min_p_triton
 from octavo_kernels.gumbel_triton import gumbel_sample_triton
 
@@ -178,3 +186,35 @@ def test_a_row_does_not_see_its_neighbours(device) -> None:
         alone = logits[row : row + 1].clone()
         top_k_top_p_min_p_triton(alone, *(setting[row : row + 1] for setting in settings))
         assert torch.equal(alone[0], together[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [100, 8193])
+def test_draw_tokens(device, vocab, dtype) -> None:
+    """By rows of a table: the tokens of `gumbel_sample`, noted in their places and nowhere else."""
+    size, table_rows = 9, 12
+    logits = (4 * torch.randn(size, vocab + 3)).to(device, dtype)[:, :vocab]
+    logits[4, 7], logits[5], logits[6, 1] = float("nan"), -INF, INF
+    logits[7, vocab // 2 :] = -INF
+    rows = torch.tensor([3, 0, 11, -1, 5, 6, 7, 9, -1], dtype=torch.int32, device=device)
+    positions = torch.tensor([4, 0, 19, 2, 3, 7, 9, 10, 50], dtype=torch.int32, device=device)
+    floats = torch.rand(table_rows, 6, device=device)
+    floats[0, 2] = 0
+    seeds = torch.randint(-(2**62), 2**62, (table_rows,)).to(device)
+    notes = torch.full((table_rows, 20), 77777, dtype=torch.int32, device=device)
+    found = draw_tokens_triton(logits, rows, positions, floats[:, 2], seeds, notes)
+    others = notes.clone().fill_(77777)
+    expected = draw_tokens_reference(logits, rows, positions, floats[:, 2], seeds, others)
+    scores = scores_of(logits, floats[rows.clamp_min(0).long(), 2], seeds[rows.clamp_min(0).long()], positions.long())
+    for i in range(size):
+        if i in (3, 4, 5, 6, 8):
+            assert found[i] == expected[i] == -1
+        else:
+            assert scores[i].max() - scores[i, found[i]] < 1e-4
+            assert scores[i].max() - scores[i, expected[i]] < 1e-4
+    for drawn, noted in ((found, notes), (expected, others)):
+        wanted = torch.full_like(noted, 77777)
+        for row, position, token in zip(rows.tolist(), positions.tolist(), drawn.tolist(), strict=True):
+            if row >= 0:
+                wanted[row, position] = max(token, 0)
+        assert torch.equal(noted, wanted)

@@ -1,0 +1,236 @@
+"""Steps that are recorded once and replayed: a few calls to the device instead of some hundreds.
+
+Two kinds. *Forward* graphs, one for each padded number of tokens and of sequences: new blocks are entered, inputs
+looked up, the model runs, broken sequences are found. *Draw* graphs, one for each padded number of tokens to draw:
+logits, sampling, and the tokens noted where the next step reads them. A step takes the smallest that fits; one that
+fits none runs the same operators one by one. On a GPU a recording is a CUDA graph, elsewhere a function that is called
+again, so that everything here but the capture itself runs on any machine.
+
+Called by `graphed_runner.py`. Why graphs: on the host that was measured an operator costs 37 us, a replay 7 to 43.
+"""
+
+from __future__ import annotations
+
+import gc
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from octavo_kernels import draw_tokens, enter_blocks, find_broken, step_inputs
+from octavo_kernels.ahead import compiled_ahead
+
+from octavo.attention.base import AttentionBackend
+from octavo.engine.plan import RowStep, StepPlan
+from octavo.execute.context import ForwardContext, KVCache, StepInputs
+from octavo.execute.model import Model
+from octavo.execute.staging import Staging
+from octavo.execute.table import FLOATS, RowTable
+
+SHARING = 8
+"""Sequences from which on a common prefix is attended to by all at once."""
+FEW = 8
+"""Sequences of the graphs for prompts that come alone or nearly so."""
+Replay = Callable[[], None]
+
+
+class Recorder(Protocol):
+    """Makes a function out of what another one does."""
+
+    def prepare(self, function: Callable[[], None]) -> None:
+        """Run `function` once, so that nothing is left to be compiled when it is recorded."""
+
+    def __call__(self, function: Callable[[], None]) -> Replay: ...
+
+
+def sizes_up_to(most: int) -> list[int]:
+    """Of decoding steps: padding costs little, so few graphs for few rows, then one for every 8."""
+    return sorted({size for size in (1, 2, 4, *range(8, most, 8), most) if size <= most})
+
+
+def token_sizes_up_to(most: int) -> list[int]:
+    """Of steps with prompts in them: never padded by more than a half, above 256 by a quarter at most."""
+    sizes = [16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024]
+    sizes += [1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096]
+    return [size for size in sizes if size <= most]
+
+
+class CudaRecorder:
+    """Captures into one pool of memory: graphs run one at a time, so they may use the same."""
+
+    def __init__(self) -> None:
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def prepare(self, function: Callable[[], None]) -> None:
+        with compiled_ahead():
+            function()
+        function()
+
+    def __call__(self, function: Callable[[], None]) -> Replay:
+        # not torch.cuda.graph, which collects garbage and empties the allocator's cache before every capture
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                function()
+            finally:
+                graph.capture_end()
+        return graph.replay
+
+
+class CallAgain:
+    """The recorder of devices without graphs."""
+
+    def prepare(self, function: Callable[[], None]) -> None:
+        function()
+
+    def __call__(self, function: Callable[[], None]) -> Replay:
+        return function
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    tokens: int
+    entries: int
+    decoding: bool
+    """Every sequence has one token."""
+    whole_prompt: bool = False
+    """It is one prompt, of which nothing was computed before."""
+    sharing: bool = False
+    """They begin with the same blocks, enough of them to be attended to at once."""
+
+
+class StepGraphs:
+    """`max_tokens`: the most that a step has."""
+
+    def __init__(
+        self, model: Model, kv: KVCache, table: RowTable, attention: AttentionBackend, *, max_tokens: int, hidden: int,
+        dtype: torch.dtype, recorder: Recorder,
+    ) -> None:  # fmt: skip
+        self._model, self._kv, self._table, self._attention, self._record = model, kv, table, attention, recorder
+        rows = len(table.sampling)
+        self.staging = Staging(rows, table.device)
+        self._decode_sizes = sizes_up_to(rows)
+        self._token_sizes = token_sizes_up_to(min(max_tokens, attention.most_recorded))
+        self._entry_sizes = sorted({min(FEW, rows), rows})
+        step = attention.prompt_step
+        self._prompt_sizes = list(range(attention.most_recorded + step, max_tokens + 1, step)) if step else []
+        self.hidden = torch.zeros(max_tokens, hidden, dtype=dtype, device=table.device)
+        """[tokens, hidden], final states of the step that ran last."""
+        self._inputs = torch.zeros(3, max_tokens, dtype=torch.int64, device=table.device)
+        self._forward: dict[Shape, Replay] = {}
+        self._draw: dict[int, Replay] = {}
+
+    def shapes(self) -> list[Shape]:
+        """Of all forward graphs, the largest first, so that the smaller ones find their memory in the pool."""
+        decoding = [Shape(size, size, True) for size in self._decode_sizes]
+        decoding += [Shape(size, size, True, sharing=True) for size in self._decode_sizes if size >= SHARING]
+        mixed = [Shape(t, e, False) for t in self._token_sizes for e in self._entry_sizes]
+        prompts = [Shape(size, 1, False, whole_prompt=True) for size in self._prompt_sizes]
+        return sorted(decoding + mixed + prompts, key=lambda shape: (-shape.tokens, -shape.entries))
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Record everything. Kernels that a step needs are compiled before the first recording."""
+        shapes = self.shapes()
+        by_kind = {(s.decoding, s.whole_prompt, s.sharing): s for s in reversed(shapes)}  # the largest of each
+
+        def every_kind() -> None:
+            for shape in (*by_kind.values(), Shape(1, 1, True)):
+                self._run(shape)
+                self._draw_some(shape.entries)
+
+        self._record.prepare(every_kind)
+        collects = gc.isenabled()
+        gc.disable()  # a collection during a capture might free memory that belongs to it
+        try:
+            for shape in shapes:
+                self._forward[shape] = self._record(lambda shape=shape: self._run(shape))  # type: ignore[misc]
+            for size in reversed(self._decode_sizes):
+                self._draw[size] = self._record(lambda size=size: self._draw_some(size))  # type: ignore[misc]
+        finally:
+            if collects:
+                gc.enable()
+
+    # ---------------------------------------------------------------- each step
+
+    def fits(self, plan: StepPlan) -> bool:
+        """A step that enters more blocks than there is room for must have them entered before."""
+        return len(plan.new_blocks) <= self.staging.rows
+
+    def forward(self, plan: StepPlan, drawing: Sequence[int]) -> torch.Tensor:
+        """Launch a step; the entries at `drawing` can then `draw`. [tokens, hidden]."""
+        parts = self._shared_parts(plan)
+        shape = self._shape_for(plan, parts)
+        self.staging.send(plan, shape.entries, drawing, _smallest(self._decode_sizes, len(drawing)) or 0, parts)
+        replay = self._forward.get(shape)
+        if replay is not None:
+            replay()
+        else:
+            self._run(shape, plan)
+        return self.hidden[: plan.num_tokens]
+
+    def _shared_parts(self, plan: StepPlan) -> int:
+        if plan.shared_blocks == 0 or len(plan.steps) < SHARING:
+            return 0
+        shared = plan.shared_blocks * self._table.block_size
+        return self._attention.shared_parts(shared, 1 + max(step.start for step in plan.steps))
+
+    def _shape_for(self, plan: StepPlan, shared_parts: int) -> Shape:
+        """Of the graph for a step; its own where there is none."""
+        size, tokens = len(plan.steps), plan.num_tokens
+        if tokens == size:
+            padded = _smallest(self._decode_sizes, size) or size
+            return Shape(padded, padded, True, sharing=shared_parts > 0)
+        if size == 1 and plan.steps[0].start == 0 and tokens > self._attention.most_recorded:
+            longer = _smallest(self._prompt_sizes, tokens)
+            if longer:
+                return Shape(longer, 1, False, whole_prompt=True)
+        entries = _smallest(self._entry_sizes, size) or size
+        return Shape(_smallest(self._token_sizes, tokens) or tokens, entries, False)
+
+    def draw(self, count: int) -> None:
+        """Draw the `count` tokens that were announced to `forward`."""
+        self._draw[_smallest(self._decode_sizes, count) or 0]()
+
+    # ---------------------------------------------------------------- what is recorded
+
+    def _run(self, shape: Shape, plan: StepPlan | None = None) -> None:
+        """`plan`: of a step that is not recorded."""
+        steps = [RowStep(0, 0, shape.tokens, True)] if shape.whole_prompt else plan.steps if plan else []
+        staging, table, entries = self.staging, self._table, shape.entries
+        enter_blocks(
+            table.block_table, *(staging.part(name, staging.rows) for name in ("block_rows", "block_columns", "blocks"))
+        )
+        rows, starts, lengths = (staging.part(name, entries) for name in ("rows", "starts", "lengths"))
+        query_start = staging.part("query_start", entries + 1)
+        ids, positions, slots = self._inputs[:, : shape.tokens]
+        step_inputs(
+            rows, starts, query_start, table.tokens, table.block_table, table.block_size, total=shape.tokens,
+            out=(ids, positions, slots),
+        )  # fmt: skip
+        inputs = StepInputs(
+            ids, positions, slots, rows, query_start, lengths, table.block_table, table.block_size,
+            host_rows=[step.row for step in steps], counts=[step.count for step in steps],
+            lengths=[step.start + step.count for step in steps], num_decodes=entries if shape.decoding else 0,
+            max_query_len=1 if shape.decoding else shape.tokens, max_seq_len=table.tokens.shape[1],
+            shared_parts=staging.part("shared_parts", 1) if shape.sharing else None,
+        )  # fmt: skip
+        hidden = self.hidden[: shape.tokens]
+        hidden.copy_(self._model.forward(ForwardContext(inputs, self._attention.prepare(inputs), self._kv)))
+        find_broken(hidden, query_start, staging.results[1, :entries])
+
+    def _draw_some(self, size: int) -> None:
+        staging, table = self.staging, self._table
+        rows, positions, chosen = (staging.part(f"drawn_{name}", size) for name in ("rows", "positions", "tokens"))
+        logits = self._model.logits(self.hidden.index_select(0, chosen))
+        temperature = table.floats[:, FLOATS.index("temperature")]
+        draw_tokens(logits, rows, positions, temperature, table.seeds, table.tokens, staging.results[0, :size])
+
+
+def _smallest(sizes: list[int], wanted: int) -> int | None:
+    """The smallest of `sizes` (in order) that is not below `wanted`."""
+    at = bisect_left(sizes, wanted)
+    return sizes[at] if at < len(sizes) else None
