@@ -45,8 +45,9 @@ def compiled_ahead() -> Iterator[None]:
         kernel = original(function, *args, grid=(1,), warmup=True, **kwargs)
         _ = kernel.run  # makes the launcher and loads the code
 
+    longest_first = sorted(noted.values(), key=lambda launch: -len(launch[0].src))
     with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(compile_one, noted.values()))
+        list(pool.map(compile_one, longest_first))
 
 
 def _form(value: Any) -> Any:

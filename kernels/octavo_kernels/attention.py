@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from octavo_kernels import _checks as check
+from octavo_kernels import tiles
 from octavo_kernels._dispatch import use_triton
 
 
@@ -23,13 +24,15 @@ def paged_attention(
     soft_cap: float = 0.0,
     longest_fresh: int = 0,
     shared_splits: torch.Tensor | None = None,
+    min_split: int = tiles.MIN_SPLIT,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of new tokens to all tokens of their own sequence, whose KV is in the cache already.
 
     Sequence `b` brings `n = query_start[b + 1] - query_start[b]` queries; query `i` is at position
     `seq_lens[b] - n + i` and sees keys up to that position. `n` may be 0. What a sequence gets depends on its own
-    numbers only, bit for bit: not on its neighbours, nor on `max_query_len` and `max_seq_len`, which are upper bounds.
+    numbers and `min_split` only, bit for bit: not on its neighbours, nor on `max_query_len` and `max_seq_len`, which
+    are upper bounds.
 
     Args:
         q: `[T, H, D]`, fp32, bf16 or fp16.
@@ -44,9 +47,11 @@ def paged_attention(
         soft_cap: when above 0, scores become `soft_cap * tanh(score / soft_cap)` before the mask.
         longest_fresh: when above 0, sequences of more new tokens than this and no others are left out: the caller has a
             faster way for them.
-        shared_splits: `[1]` int32 on the device: the first so many times `tiles.MIN_SPLIT` keys lie in the same blocks
-            for all sequences, each of which has one query and at most `tiles.MIN_SPLIT * tiles.MAX_SPLITS` tokens.
-            Makes it faster and changes no bit. Not with a window.
+        shared_splits: `[1]` int32 on the device: the first so many times `min_split` keys lie in the same blocks for
+            all sequences, each of which has one query and at most `min_split * tiles.MAX_SPLITS` tokens. Makes it
+            faster and changes no bit. Not with a window.
+        min_split: keys that a single query attends to one after the other, at least; a power of two. Fewer are faster
+            where few sequences are there.
         out: `[T, H, D]` to receive the result.
 
     Returns:
@@ -90,7 +95,7 @@ def paged_attention(
     return run(
         q, k_cache, v_cache, block_table, query_start, seq_lens,
         max_query_len=max_query_len, max_seq_len=max_seq_len, scale=scale, window=window, soft_cap=soft_cap,
-        longest_fresh=longest_fresh, shared_splits=shared_splits, out=out,
+        longest_fresh=longest_fresh, shared_splits=shared_splits, min_split=min_split, out=out,
     )  # fmt: skip
 
 
@@ -109,6 +114,7 @@ def paged_attention_reference(
     soft_cap: float = 0.0,
     longest_fresh: int = 0,
     shared_splits: torch.Tensor | None = None,
+    min_split: int = tiles.MIN_SPLIT,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The twin of `paged_attention`; same arguments, same result. One sequence at a time, in fp32: made to be right."""

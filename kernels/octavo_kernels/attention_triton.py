@@ -27,111 +27,10 @@ import triton.language as tl
 
 from octavo_kernels import tiles
 from octavo_kernels._dispatch import INTERPRETED, launches_early
+from octavo_kernels.attention_tile_triton import attend, first_visible_key, split_size
 
 LOG2E = 1.4426950408889634
 NO_LIMIT = 2**31 - 1
-
-
-@triton.jit
-def _split_size(span, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
-    """Keys in a split of a sequence of which `span` keys are visible: at least MIN_SPLIT, at most MAX_SPLITS splits."""
-    size = MIN_SPLIT
-    while size * MAX_SPLITS < span:
-        size *= 2
-    return size
-
-
-@triton.jit
-def _first_key(position, window, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr):
-    """Where the keys visible from `position` begin, rounded down to a tile."""
-    first = position * 0
-    if WINDOWED:
-        first = tl.maximum(position - window + 1, 0) // BLOCK_N * BLOCK_N
-    return first
-
-
-@triton.jit
-def _attend_tile(
-    q, acc, top, total, start, end, position, k_head, v_head, blocks, stride_block, stride_slot, window, scale, cap,
-    BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Fold keys `start .. start + BLOCK_N` (below `end`) into the running softmax of a tile of queries."""
-    key = start + tl.arange(0, BLOCK_N)
-    column = tl.arange(0, BLOCK_D)
-    exists = key < end
-    # Slots past the end hold anything, NaN included: their block numbers, keys and values are never loaded.
-    if MASKED:
-        block = tl.load(blocks + key // BLOCK_SIZE, mask=exists, other=0).to(tl.int64)
-    else:
-        block = tl.load(blocks + key // BLOCK_SIZE).to(tl.int64)
-    place = block * stride_block + (key % BLOCK_SIZE) * stride_slot
-    k_at = k_head + place[None, :] + column[:, None]
-    v_at = v_head + place[:, None] + column[None, :]
-    if MASKED:
-        k = tl.load(k_at, mask=exists[None, :] & (column < HEAD_SIZE)[:, None], other=0)
-        v = tl.load(v_at, mask=exists[:, None] & (column < HEAD_SIZE)[None, :], other=0)
-    elif BLOCK_D == HEAD_SIZE:
-        k = tl.load(k_at)
-        v = tl.load(v_at)
-    else:
-        k = tl.load(k_at, mask=(column < HEAD_SIZE)[:, None], other=0)
-        v = tl.load(v_at, mask=(column < HEAD_SIZE)[None, :], other=0)
-
-    # Scores are in units of log 2, so that the exponential is a single exp2.
-    if WIDE:  # Triton's interpreter has no product of bf16
-        score = tl.dot(q.to(tl.float32), k.to(tl.float32), input_precision=PRECISION) * scale
-    else:
-        score = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
-    if CAPPED:  # `scale` holds 2 log2(e) / cap here: tanh(x) = 1 - 2 / (exp(2x) + 1)
-        score = cap * (1 - 2 / (tl.exp2(score) + 1))
-    if MASKED:
-        distance = position[:, None] - key[None, :]
-        seen = (distance >= 0) & exists[None, :]
-        if WINDOWED:
-            seen = seen & (distance < window)
-        score = tl.where(seen, score, float("-inf"))
-    new_top = tl.maximum(top, tl.max(score, axis=1))
-    # A row which has seen no key yet has -inf for its top; any finite number serves, its weights are 0 all the same.
-    anchor = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
-    weight = tl.exp2(score - anchor[:, None])
-    fade = tl.exp2(top - anchor)
-    total = total * fade + tl.sum(weight, axis=1)
-    acc = acc * fade[:, None]
-    if WIDE:
-        acc = tl.dot(weight, v.to(tl.float32), acc, input_precision=PRECISION)
-    else:
-        acc = tl.dot(weight.to(q.dtype), v.to(q.dtype), acc, input_precision=PRECISION)
-    return acc, new_top, total
-
-
-@triton.jit
-def _attend(
-    q, first_key, end, first_position, position, k_head, v_head, blocks, stride_block, stride_slot, window, scale, cap,
-    BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Attention of a tile of queries to keys `first_key .. end`: weighted sum, top score, total weight."""
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    masked_from = first_key
-    if not WINDOWED:  # tiles which the first query sees whole need no mask
-        whole = tl.maximum(tl.minimum(end, first_position + 1) - first_key, 0) // BLOCK_N * BLOCK_N
-        masked_from = first_key + whole
-        for start in range(first_key, masked_from, BLOCK_N):
-            acc, top, total = _attend_tile(
-                q, acc, top, total, start, end, position, k_head, v_head, blocks, stride_block, stride_slot,
-                window, scale, cap,
-                BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_N, WINDOWED, CAPPED, False, PRECISION, WIDE,
-            )  # fmt: skip
-    for start in range(masked_from, end, BLOCK_N):
-        acc, top, total = _attend_tile(
-            q, acc, top, total, start, end, position, k_head, v_head, blocks, stride_block, stride_slot,
-            window, scale, cap,
-            BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_N, WINDOWED, CAPPED, True, PRECISION, WIDE,
-        )  # fmt: skip
-    return acc, top, total
 
 
 # Numbers that change with the batch are not specialised on: each new one of them would be compiled for.
@@ -199,16 +98,16 @@ def paged_attention_kernel(
     out_at += column[None, :]
 
     if SHORT:
-        first_key = _first_key(length - count, window, BLOCK_N, WINDOWED)
+        first_key = first_visible_key(length - count, window, BLOCK_N, WINDOWED)
         span = length - first_key
-        size = _split_size(span, MIN_SPLIT, MAX_SPLITS)
+        size = split_size(span, MIN_SPLIT, MAX_SPLITS)
         splits = tl.cdiv(span, size)
         done = 0
         if SHARED:
             done = tl.load(shared)
         for split in range(done + tl.program_id(2), splits, tl.num_programs(2)):
             start = first_key + split * size
-            acc, top, total = _attend(
+            acc, top, total = attend(
                 queries, start, tl.minimum(start + size, end), first_position, position,
                 k_head, v_head, blocks, stride_block, stride_slot, window, scale, cap,
                 BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWED, CAPPED, PRECISION, WIDE,
@@ -223,8 +122,8 @@ def paged_attention_kernel(
                 tl.store(part_top + place, top, mask=live)
                 tl.store(part_total + place, total, mask=live)
     else:
-        first_key = _first_key(first_position, window, BLOCK_N, WINDOWED)
-        acc, top, total = _attend(
+        first_key = first_visible_key(first_position, window, BLOCK_N, WINDOWED)
+        acc, top, total = attend(
             queries, first_key, end, first_position, position,
             k_head, v_head, blocks, stride_block, stride_slot, window, scale, cap,
             BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWED, CAPPED, PRECISION, WIDE,
@@ -258,7 +157,7 @@ def shared_splits_kernel(
     kept = live[:, None] & (column < HEAD_SIZE)[None, :]
     q_at = q + token.to(tl.int64)[:, None] * q_stride_token + head[:, None] * q_stride_head + column[None, :]
     start = split * MIN_SPLIT
-    acc, top, total = _attend(
+    acc, top, total = attend(
         tl.load(q_at, mask=kept, other=0), start, start + MIN_SPLIT, start + MIN_SPLIT, row * 0 + start + MIN_SPLIT,
         k_cache + kv_head.to(tl.int64) * stride_head, v_cache + kv_head.to(tl.int64) * stride_head, block_table,
         stride_block, stride_slot, 0, scale, cap,
@@ -290,8 +189,8 @@ def join_splits_kernel(
     if (token >= count) | (count > SHORT_QUERY):
         return
     length = tl.load(seq_lens + b)
-    span = length - _first_key(length - count, window, BLOCK_N, WINDOWED)
-    splits = tl.cdiv(span, _split_size(span, MIN_SPLIT, MAX_SPLITS))
+    span = length - first_visible_key(length - count, window, BLOCK_N, WINDOWED)
+    splits = tl.cdiv(span, split_size(span, MIN_SPLIT, MAX_SPLITS))
     if splits <= 1:
         return
     place = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head) * split_slots
@@ -312,10 +211,10 @@ def join_splits_kernel(
     tl.store(out_at, (acc / total).to(out.dtype.element_ty), mask=column < HEAD_SIZE)
 
 
-def _split_slots(max_seq_len: int, window: int, block_n: int) -> int:
+def _split_slots(max_seq_len: int, window: int, block_n: int, min_split: int) -> int:
     """The most splits a short sequence of this batch can have."""
     span = max_seq_len if window <= 0 else min(max_seq_len, window + tiles.SHORT_QUERY + block_n)
-    return min(tiles.MAX_SPLITS, triton.cdiv(span, tiles.MIN_SPLIT))
+    return min(tiles.MAX_SPLITS, triton.cdiv(span, min_split))
 
 
 def paged_attention_triton(
@@ -333,6 +232,7 @@ def paged_attention_triton(
     soft_cap: float = 0.0,
     longest_fresh: int = 0,
     shared_splits: torch.Tensor | None = None,
+    min_split: int = tiles.MIN_SPLIT,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`attention.paged_attention` without its checks. Raises `ValueError` for a head size above 256."""
@@ -356,7 +256,7 @@ def paged_attention_triton(
         tiles_each, split_slots, programs = 1, 1, 1
         if short:
             tiles_each = triton.cdiv(token_slots, block_q)
-            split_slots = _split_slots(max_seq_len, window, tile.block_n)
+            split_slots = _split_slots(max_seq_len, window, tile.block_n, min_split)
             wanted = tiles.PROGRAMS_PER_SM * tiles.multiprocessors(device)
             programs = min(split_slots, triton.cdiv(wanted, batch * tiles_each * kv_heads))
             grid = (batch * tiles_each, kv_heads, programs)
@@ -375,7 +275,7 @@ def paged_attention_triton(
                 q, k_cache, v_cache, block_table, query_start, part_acc, part_top, part_total, shared_splits, batch,
                 split_slots, q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
                 factor, cap, GROUP=group, BLOCK_SIZE=k_cache.shape[2], HEAD_SIZE=head_size, BLOCK_D=block_d,
-                BLOCK_M=tiles.SHARED_ROWS, BLOCK_N=tile.block_n, MIN_SPLIT=tiles.MIN_SPLIT, CAPPED=soft_cap > 0,
+                BLOCK_M=tiles.SHARED_ROWS, BLOCK_N=tile.block_n, MIN_SPLIT=min_split, CAPPED=soft_cap > 0,
                 PRECISION=precision, WIDE=INTERPRETED, EARLY=early, num_warps=4, num_stages=1, launch_pdl=early,
             )  # fmt: skip
         paged_attention_kernel[grid](
@@ -388,7 +288,7 @@ def paged_attention_triton(
             factor, cap,
             GROUP=group, BLOCK_SIZE=k_cache.shape[2], HEAD_SIZE=head_size, BLOCK_D=block_d,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SHORT=short, SHORT_QUERY=tiles.SHORT_QUERY,
-            MIN_SPLIT=tiles.MIN_SPLIT, MAX_SPLITS=tiles.MAX_SPLITS, WINDOWED=window > 0, CAPPED=soft_cap > 0,
+            MIN_SPLIT=min_split, MAX_SPLITS=tiles.MAX_SPLITS, WINDOWED=window > 0, CAPPED=soft_cap > 0,
             PRECISION=precision, WIDE=INTERPRETED, EARLY=early, SHARED=shares,
             num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=early,
         )  # fmt: skip
@@ -397,7 +297,7 @@ def paged_attention_triton(
                 part_acc, part_top, part_total, query_start, seq_lens, out,
                 token_slots, split_slots, out.stride(0), out.stride(1), window,
                 HEAD_SIZE=head_size, BLOCK_D=block_d, BLOCK_N=tile.block_n, SHORT_QUERY=tiles.SHORT_QUERY,
-                MIN_SPLIT=tiles.MIN_SPLIT, MAX_SPLITS=tiles.MAX_SPLITS, TOGETHER=tiles.JOINED, WINDOWED=window > 0,
+                MIN_SPLIT=min_split, MAX_SPLITS=tiles.MAX_SPLITS, TOGETHER=tiles.JOINED, WINDOWED=window > 0,
                 EARLY=early, num_warps=tiles.JOIN_WARPS, launch_pdl=early,
             )  # fmt: skip
     return out

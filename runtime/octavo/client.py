@@ -111,7 +111,8 @@ class Client:
         elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
             ids, text = cast(list[int], list(prompt)), None
             vocabulary = self.engine.limits.vocab_size
-            for token in ids:
+            sound = set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocabulary
+            for token in () if sound else ids:  # one by one, 8000 take a millisecond
                 if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
                     raise RequestError(
                         f"token ids must be integers from 0 to {vocabulary - 1}, not {token!r}", "prompt_token_ids"

@@ -81,11 +81,14 @@ class SimDevice:
         self.raise_on: int | None = None
         """A token id: every step that computes it raises."""
         self.steps = self.copied = 0
+        self.shared_most = 0
+        """The most blocks that some step's sequences had in common, times the others of them."""
 
     def launch(self, plan: StepPlan) -> _Done:
         self.steps += 1
         self._check_plan(plan)
         self._apply(plan)
+        self._check_sharing(plan)
         raising = any(self.raise_on in self._inputs(step.row, step.start, step.count) for step in plan.steps)
         fail_launch, fail_wait = self.fail_launch or raising, self.fail_wait
         self.fail_launch = self.fail_wait = False
@@ -118,6 +121,17 @@ class SimDevice:
         new_rows = [new.row for new in plan.new_rows]
         assert len(set(new_rows)) == len(new_rows), "a row is given twice"
         assert 0 not in [block for _, _, block in plan.new_blocks], "the null block is given to a sequence"
+
+    def _check_sharing(self, plan: StepPlan) -> None:
+        """What the plan says to be common is, is whole, and is written by nobody in this step."""
+        if plan.shared_blocks:
+            assert all(step.count == 1 for step in plan.steps)
+            assert all(step.start >= plan.shared_blocks * self.size for step in plan.steps)
+            common = {
+                tuple(self.rows[step.row].table[index] for index in range(plan.shared_blocks)) for step in plan.steps
+            }
+            assert len(common) == 1
+            self.shared_most = max(self.shared_most, plan.shared_blocks * (len(plan.steps) - 1))
 
     def _apply(self, plan: StepPlan) -> None:
         read = [(list(self.slots[source]), destination) for source, destination in plan.copies]

@@ -260,6 +260,49 @@ def test_a_common_prefix_is_computed_once() -> None:
     assert whole.metrics.cached_tokens == len(prefix) - SIZE, "the last token must be computed: its logits are needed"
 
 
+@pytest.mark.parametrize("budget", [6, 64])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_of_requests_that_come_at_once_one_computes_the_common_prefix(depth: int, budget: int) -> None:
+    world = World(blocks=60, rows=6, budget=budget, depth=depth)
+    prefix = [10, 11, 12, 13] * 5
+    alike = [world.add([*prefix, 20 + n], max_tokens=6, ignore_eos=True) for n in range(4)]
+    other = world.add([40, 41, 42], max_tokens=2, ignore_eos=True)
+    salted = world.add([*prefix, 25], max_tokens=6, salt="x", ignore_eos=True)
+    world.run()
+    assert [request.metrics.cached_tokens for request in alike] == [0, *[len(prefix)] * 3]
+    assert salted.metrics.cached_tokens == 0
+    assert other.metrics.last_token_time < alike[-1].metrics.first_token_time, "it waited for a prefix not its own"
+    for request in (*alike, other, salted):
+        assert world.outcome(request) == (*expected_tokens(request, world.seed(request, 0)), None)
+
+
+def test_sequences_with_a_common_beginning_are_told_so_to_the_device() -> None:
+    world = World(blocks=60, rows=6, budget=64, depth=0)
+    prefix = [10, 11, 12, 13] * 5
+    for n in range(4):
+        world.add([*prefix, 20 + n], max_tokens=6, ignore_eos=True)
+    world.run()
+    assert world.device.shared_most == 5 * 3
+
+
+@pytest.mark.parametrize("how", ["abort", "fail"])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_who_waits_for_a_prefix_computes_it_where_it_does_not_come(depth: int, how: str) -> None:
+    world = World(blocks=60, rows=6, budget=6, depth=depth)
+    prefix = [10, 11, 12, 13] * 5
+    first = world.add([*prefix, 88], max_tokens=2, ignore_eos=True)
+    others = [world.add([*prefix, 20 + n], max_tokens=2, ignore_eos=True) for n in range(2)]
+    world.step()
+    if how == "abort":
+        world.scheduler.abort(first)
+    else:
+        world.device.raise_on = 88
+    world.run()
+    assert world.outcome(first)[1] == "abort" if how == "abort" else world.outcome(first)[2] is not None
+    for request in others:
+        assert world.outcome(request) == (*expected_tokens(request, world.seed(request, 0)), None)
+
+
 def test_outputs_of_one_prompt_share_its_blocks() -> None:
     world = World(blocks=60, rows=8, budget=64, depth=0)
     request = world.add([10] * 18, max_tokens=3, n=4, ignore_eos=True)

@@ -111,9 +111,10 @@ class BlockPool:
                 else:
                     self._free.append(block)
 
-    def publish(self, block: int, parent: bytes, tokens: Sequence[int], salt: bytes) -> bytes:
-        """Make a full block findable; returns its key. If another block already has this content, that one stays."""
-        key = block_key(parent, tokens, salt)
+    def publish(self, block: int, parent: bytes, tokens: Sequence[int], salt: bytes, key: bytes | None = None) -> bytes:
+        """Make a full block findable; returns its key. If another block already has this content, that one stays.
+        `key`: where it is known already."""
+        key = key or block_key(parent, tokens, salt)
         if self.caching and key not in self._block_of and block not in self._content:
             self._block_of[key] = block
             self._content[block] = (key, parent, tuple(tokens))

@@ -61,6 +61,7 @@ class EngineCore:
         else:
             self._under_way.append((draft, launched))
             self.steps += 1
+            self.scheduler.launched(draft)
 
     def _drain(self) -> None:
         while self._under_way:

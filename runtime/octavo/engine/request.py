@@ -101,6 +101,7 @@ class Sequence:
         "finished",
         "index",
         "length",
+        "named",
         "num_prompt",
         "prompt_logprobs_sent",
         "request",
@@ -119,6 +120,8 @@ class Sequence:
         self.blocks: list[int] = []
         self.block_keys: list[bytes] = []
         """Hash-chain keys of the full blocks published so far."""
+        self.named: list[bytes] = []
+        """Keys of the blocks after those, which steps under way fill."""
         self.coming_key = b""
         """Key of the block of its prompt that is filled next, while there is one."""
         self.row = -1

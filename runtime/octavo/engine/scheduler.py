@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from octavo.engine.blocks import NULL_BLOCK, BlockPool, block_key
+from octavo.engine.coming import ComingBlocks
 from octavo.engine.plan import NewRow, RowStep, StepPlan
 from octavo.engine.request import Request, Sequence, TokenEvent
 
@@ -64,8 +65,7 @@ class Scheduler:
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._arrivals = 0
         self._scrub: dict[int, int] = {}
-        self._coming: dict[bytes, Sequence] = {}
-        """Key of the block of its prompt which a running sequence fills next -> the sequence."""
+        self._coming = ComingBlocks(pool)
 
     # ---------------------------------------------------------------- intake
 
@@ -107,7 +107,7 @@ class Scheduler:
         self._scrub.clear()
         # decoding rows first: attention back ends split a step into single tokens and longer chunks
         draft.parts.sort(key=lambda part: part[2].count > 1)
-        if draft.parts[-1][2].count == 1:
+        if len(draft.parts) > 1 and draft.parts[-1][2].count == 1:
             draft.shared_blocks = self.pool.shared_by(draft.parts[0][0].blocks, len(self.running))
         return draft
 
@@ -123,7 +123,7 @@ class Scheduler:
         position = 0
         while budget > 0 and self._free_rows and position < len(self.waiting):
             sequence = self.waiting[position]
-            if sequence.samples_pending or self._sibling_prefills(sequence, draft) or self._is_coming(sequence):
+            if sequence.samples_pending or self._sibling_prefills(sequence, draft) or self._prefix_comes(sequence):
                 position += 1  # ready in a later step; those behind need not wait for it
                 continue
             spent = self._admit(sequence, draft, budget)
@@ -161,7 +161,7 @@ class Scheduler:
             self.fresh -= 1
             metrics.queue_time = self._clock() - metrics.arrival
             metrics.cached_tokens = computed
-        self._announce(sequence)
+        self._coming.announce(sequence)
         draft.new_rows.append(self._new_row(sequence))
         draft.new_blocks |= {(sequence.row, index): block for index, block in enumerate(blocks)}
         count = min(sequence.length - computed, budget)
@@ -223,6 +223,18 @@ class Scheduler:
         draft.preempted = True
 
     # ---------------------------------------------------------------- results
+
+    def launched(self, draft: Draft) -> None:
+        """A step is under way: name the blocks that it fills with a prompt while the device works on them. Those of
+        8000 tokens take a millisecond, after which the answer would wait."""
+        size = self.pool.block_size
+        for sequence, epoch, step in draft.parts:
+            if step.count > size and epoch == sequence.epoch:
+                salt, keys = sequence.request.cache_salt, sequence.block_keys
+                for index in range(len(keys) + len(sequence.named), (step.start + step.count) // size):
+                    parent = sequence.named[-1] if sequence.named else keys[-1] if keys else b""
+                    tokens = sequence.tokens[index * size : (index + 1) * size]
+                    sequence.named.append(block_key(parent, tokens, salt))
 
     def commit(self, draft: Draft, events: list[TokenEvent | None]) -> None:
         """Take in what a step produced. `events[i]` belongs to `draft.parts[i]`: its tokens and log-probabilities, or
@@ -309,32 +321,10 @@ class Scheduler:
         for index in range(len(keys), computed // size):
             tokens = sequence.tokens[index * size : (index + 1) * size]
             parent = keys[-1] if keys else b""
-            keys.append(self.pool.publish(sequence.blocks[index], parent, tokens, sequence.request.cache_salt))
+            key = sequence.named.pop(0) if sequence.named else None
+            keys.append(self.pool.publish(sequence.blocks[index], parent, tokens, sequence.request.cache_salt, key))
         if sequence.coming_key:
-            self._announce(sequence)
-
-    def _announce(self, sequence: Sequence) -> None:
-        """Say which block of its prompt a running sequence fills next."""
-        self._coming.pop(sequence.coming_key, None)
-        sequence.coming_key = b""
-        index, size = len(sequence.block_keys), self.pool.block_size
-        if self.pool.caching and (index + 1) * size <= sequence.num_prompt:
-            sequence.coming_key = self._key(sequence, sequence.block_keys, index)
-            self._coming[sequence.coming_key] = sequence
-
-    def _is_coming(self, sequence: Sequence) -> bool:
-        """Another sequence computes right now what this one would compute first: wait for it, and share its blocks."""
-        forks = sequence.index > 0 and not sequence.num_output
-        if not self._coming or forks or self._reports_prompt(sequence):
-            return False
-        _, keys = self.pool.match(sequence.tokens, sequence.request.cache_salt, sequence.length - 1)
-        index = len(keys)
-        whole = (index + 1) * self.pool.block_size < sequence.length
-        return whole and self._key(sequence, keys, index) in self._coming
-
-    def _key(self, sequence: Sequence, keys: list[bytes], index: int) -> bytes:
-        tokens = sequence.tokens[index * self.pool.block_size : (index + 1) * self.pool.block_size]
-        return block_key(keys[-1] if keys else b"", tokens, sequence.request.cache_salt)
+            self._coming.announce(sequence)
 
     def _end(self, sequence: Sequence) -> None:
         sequence.finished = True
@@ -350,11 +340,10 @@ class Scheduler:
 
     def _leave_device(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._coming.pop(sequence.coming_key, None)
-        sequence.coming_key = b""
+        self._coming.withdraw(sequence)
         self.pool.release(sequence.blocks)
         self._free_rows.append(sequence.row)
-        sequence.blocks, sequence.block_keys, sequence.scheduled, sequence.row = [], [], 0, -1
+        sequence.blocks, sequence.block_keys, sequence.named, sequence.scheduled, sequence.row = [], [], [], 0, -1
         sequence.epoch += 1
 
     def _emit(self, sequence: Sequence, event: TokenEvent) -> None:
@@ -391,6 +380,11 @@ class Scheduler:
             if other.row >= 0 and other.scheduled >= other.num_prompt and not _prefills(other, draft):
                 return other
         return None
+
+    def _prefix_comes(self, sequence: Sequence) -> bool:
+        """Another request's sequence is computing what this one would compute first: wait, and share its blocks."""
+        forks = sequence.index > 0 and not sequence.num_output
+        return not forks and not self._reports_prompt(sequence) and self._coming.would_help(sequence)
 
     def _sibling_prefills(self, sequence: Sequence, draft: Draft) -> bool:
         """A sibling is computing the prompt right now: wait and fork from it."""

@@ -30,8 +30,8 @@ from octavo.execute.table import FLOATS, RowTable
 
 SHARING = 8
 """Sequences from which on a common prefix is attended to by all at once."""
-FEW = 8
-"""Sequences of the graphs for prompts that come alone or nearly so."""
+FEW, FEW_TOKENS = 8, 512
+"""Sequences of the graphs for prompts that come alone or nearly so, and up to how many tokens there are such."""
 Replay = Callable[[], None]
 
 
@@ -47,6 +47,11 @@ class Recorder(Protocol):
 def sizes_up_to(most: int) -> list[int]:
     """Of decoding steps: padding costs little, so few graphs for few rows, then one for every 8."""
     return sorted({size for size in (1, 2, 4, *range(8, most, 8), most) if size <= most})
+
+
+def sharing_sizes_up_to(most: int) -> list[int]:
+    """Of those with a common prefix: one for every 32."""
+    return sorted({size for size in (SHARING, 16, *range(32, most, 32), most) if SHARING <= size <= most})
 
 
 def token_sizes_up_to(most: int) -> list[int]:
@@ -111,8 +116,8 @@ class StepGraphs:
     ) -> None:  # fmt: skip
         self._model, self._kv, self._table, self._attention, self._record = model, kv, table, attention, recorder
         rows = len(table.sampling)
-        self.staging = Staging(rows, table.device)
-        self._decode_sizes = sizes_up_to(rows)
+        self.staging = Staging(rows, rows + max_tokens // table.block_size, table.device)
+        self._decode_sizes, self._sharing_sizes = sizes_up_to(rows), sharing_sizes_up_to(rows)
         self._token_sizes = token_sizes_up_to(min(max_tokens, attention.most_recorded))
         self._entry_sizes = sorted({min(FEW, rows), rows})
         step = attention.prompt_step
@@ -126,8 +131,8 @@ class StepGraphs:
     def shapes(self) -> list[Shape]:
         """Of all forward graphs, the largest first, so that the smaller ones find their memory in the pool."""
         decoding = [Shape(size, size, True) for size in self._decode_sizes]
-        decoding += [Shape(size, size, True, sharing=True) for size in self._decode_sizes if size >= SHARING]
-        mixed = [Shape(t, e, False) for t in self._token_sizes for e in self._entry_sizes]
+        decoding += [Shape(size, size, True, sharing=True) for size in self._sharing_sizes]
+        mixed = [Shape(t, e, False) for t in self._token_sizes for e in self._entry_sizes_of(t)]
         prompts = [Shape(size, 1, False, whole_prompt=True) for size in self._prompt_sizes]
         return sorted(decoding + mixed + prompts, key=lambda shape: (-shape.tokens, -shape.entries))
 
@@ -157,8 +162,8 @@ class StepGraphs:
     # ---------------------------------------------------------------- each step
 
     def fits(self, plan: StepPlan) -> bool:
-        """A step that enters more blocks than there is room for must have them entered before."""
-        return len(plan.new_blocks) <= self.staging.rows
+        """A step that enters more blocks than there is room for (found in the cache) must have them entered before."""
+        return len(plan.new_blocks) <= self.staging.blocks
 
     def forward(self, plan: StepPlan, drawing: Sequence[int]) -> torch.Tensor:
         """Launch a step; the entries at `drawing` can then `draw`. [tokens, hidden]."""
@@ -182,14 +187,18 @@ class StepGraphs:
         """Of the graph for a step; its own where there is none."""
         size, tokens = len(plan.steps), plan.num_tokens
         if tokens == size:
-            padded = _smallest(self._decode_sizes, size) or size
-            return Shape(padded, padded, True, sharing=shared_parts > 0)
+            sharing = shared_parts > 0
+            padded = _smallest(self._sharing_sizes if sharing else self._decode_sizes, size) or size
+            return Shape(padded, padded, True, sharing=sharing)
         if size == 1 and plan.steps[0].start == 0 and tokens > self._attention.most_recorded:
             longer = _smallest(self._prompt_sizes, tokens)
             if longer:
                 return Shape(longer, 1, False, whole_prompt=True)
-        entries = _smallest(self._entry_sizes, size) or size
-        return Shape(_smallest(self._token_sizes, tokens) or tokens, entries, False)
+        padded = _smallest(self._token_sizes, tokens) or tokens
+        return Shape(padded, _smallest(self._entry_sizes_of(padded), size) or size, False)
+
+    def _entry_sizes_of(self, tokens: int) -> list[int]:
+        return self._entry_sizes if tokens <= FEW_TOKENS else self._entry_sizes[-1:]
 
     def draw(self, count: int) -> None:
         """Draw the `count` tokens that were announced to `forward`."""
@@ -201,9 +210,8 @@ class StepGraphs:
         """`plan`: of a step that is not recorded."""
         steps = [RowStep(0, 0, shape.tokens, True)] if shape.whole_prompt else plan.steps if plan else []
         staging, table, entries = self.staging, self._table, shape.entries
-        enter_blocks(
-            table.block_table, *(staging.part(name, staging.rows) for name in ("block_rows", "block_columns", "blocks"))
-        )
+        updates = (staging.part(name, staging.blocks) for name in ("block_rows", "block_columns", "blocks"))
+        enter_blocks(table.block_table, *updates)
         rows, starts, lengths = (staging.part(name, entries) for name in ("rows", "starts", "lengths"))
         query_start = staging.part("query_start", entries + 1)
         ids, positions, slots = self._inputs[:, : shape.tokens]

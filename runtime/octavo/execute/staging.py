@@ -19,13 +19,14 @@ RING = 3
 
 
 class Staging:
-    """Room for steps of up to `rows` sequences. The names are those of the parts, each int32 on the device."""
+    """Room for steps of up to `rows` sequences and `blocks` new blocks. The names are those of the parts, each int32 on
+    the device."""
 
-    def __init__(self, rows: int, device: torch.device) -> None:
+    def __init__(self, rows: int, blocks: int, device: torch.device) -> None:
         sizes = {
             "rows": rows, "starts": rows, "lengths": rows, "query_start": rows + 1,
             "drawn_rows": rows, "drawn_positions": rows, "drawn_tokens": rows,
-            "block_rows": rows, "block_columns": rows, "blocks": rows, "shared_parts": 1,
+            "block_rows": blocks, "block_columns": blocks, "blocks": blocks, "shared_parts": 1,
         }  # fmt: skip
         ends = [0, *accumulate(sizes.values())]
         self._places = {name: slice(*ends[at : at + 2]) for at, name in enumerate(sizes)}
@@ -35,7 +36,7 @@ class Staging:
         self._back = [torch.zeros(2, rows, dtype=torch.int32, pin_memory=pinned) for _ in range(RING)]
         self.results = torch.zeros(2, rows, dtype=torch.int32, device=device)
         """Tokens drawn; sequences that are broken."""
-        self.rows = rows
+        self.rows, self.blocks = rows, blocks
         self._turn = 0
 
     def part(self, name: str, size: int) -> torch.Tensor:
@@ -45,7 +46,7 @@ class Staging:
 
     def send(self, plan: StepPlan, entries: int, drawing: Sequence[int], draws: int, shared_parts: int) -> None:
         """Begin to copy a step padded to `entries` sequences, of which those at `drawing` draw a token, padded to
-        `draws`. The plan's new blocks are among them, unless there are more than `rows`."""
+        `draws`. The plan's new blocks are among them, unless there are more than `blocks`."""
         self._turn = (self._turn + 1) % RING
         host = self._hosts[self._turn].numpy()
         steps, size = plan.steps, len(plan.steps)
@@ -69,10 +70,10 @@ class Staging:
         put("drawn_rows", numbers[0][chosen], draws, -1)
         put("drawn_positions", lengths[chosen], draws, 0)
         put("drawn_tokens", ends[chosen] - 1, draws, 0)
-        entered = plan.new_blocks if len(plan.new_blocks) <= self.rows else []
+        entered = plan.new_blocks if len(plan.new_blocks) <= self.blocks else []
         updates = np.array(entered, dtype=np.int32).reshape(-1, 3).T
         for name, values in zip(("block_rows", "block_columns", "blocks"), updates, strict=True):
-            put(name, values, self.rows, -1)
+            put(name, values, self.blocks, -1)
         host[self._places["shared_parts"]] = shared_parts
         self._device.copy_(self._hosts[self._turn], non_blocking=True)
 

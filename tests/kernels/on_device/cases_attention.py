@@ -109,10 +109,9 @@ def test_splits_of_their_full_size(device) -> None:
 
 
 def test_splits_grow_when_a_sequence_would_need_too_many(device, monkeypatch) -> None:
-    monkeypatch.setattr(tiles, "MIN_SPLIT", 128)
     monkeypatch.setattr(tiles, "MAX_SPLITS", 2)
-    compare(make(device, [(1, 600), (2, 100), (1, 256), (1, 257)]))
-    compare(make(device, [(1, 600), (2, 100)]), window=200)
+    compare(make(device, [(1, 600), (2, 100), (1, 256), (1, 257)]), min_split=128)
+    compare(make(device, [(1, 600), (2, 100)]), window=200, min_split=128)
 
 
 def test_bounds_and_neighbours_change_no_bit(device) -> None:
@@ -162,13 +161,12 @@ def test_a_head_size_too_large_is_refused(device) -> None:
 
 @pytest.mark.parametrize("soft_cap", [0.0, 1.5])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 1)])
-def test_keys_in_common_change_nothing(device, heads, kv_heads, soft_cap, monkeypatch) -> None:
+def test_keys_in_common_change_nothing(device, heads, kv_heads, soft_cap) -> None:
     """Forty sequences begin with the same blocks; two of the step's are padding."""
-    monkeypatch.setattr(tiles, "MIN_SPLIT", 64)
     sequences = [(1, 200 + 7 * n) for n in range(40)] + [(0, 150), (0, 0)]
     batch = make(device, sequences, heads=heads, kv_heads=kv_heads)
     batch.table[:, : 192 // 16] = batch.table[0, : 192 // 16]
-    options = {"soft_cap": soft_cap, "max_seq_len": 64 * tiles.MAX_SPLITS}
+    options = {"soft_cap": soft_cap, "max_seq_len": 64 * tiles.MAX_SPLITS, "min_split": 64}
     plain = batch.run(paged_attention_triton, **options)
     assert torch.isfinite(plain).all()
     for parts in (3, 2, 0):
