@@ -112,6 +112,31 @@ def test_a_common_prefix_and_long_prompts_change_nothing(tmp_path: Path) -> None
             assert error.mean() < 0.2, error
 
 
+def test_no_kernel_is_compiled_for_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.jit import JITFunction
+
+    path = make_model("qwen3", tmp_path, max_position_embeddings=8192)
+    with LLM(str(path)) as llm:
+        compiled: list[str] = []
+        original = JITFunction._do_compile
+        monkeypatch.setattr(
+            JITFunction, "_do_compile", lambda self, *args: (compiled.append(self.__name__), original(self, *args))[1]
+        )
+        kinds = [
+            SamplingParams(temperature=0, max_tokens=8),
+            SamplingParams(temperature=0.8, max_tokens=8, n=3),
+            SamplingParams(temperature=0.8, top_p=0.9, top_k=40, min_p=0.01, max_tokens=8, logprobs=2),
+            SamplingParams(temperature=1.0, presence_penalty=0.5, max_tokens=8, prompt_logprobs=1),
+        ]
+        for count in (1, 3, 9, 40):
+            prompts = [[(7 * n + i) % 290 + 5 for i in range(5 + 40 * n)] for n in range(count)]
+            llm.generate(prompts, [kinds[n % len(kinds)] for n in range(count)])
+        for params in kinds:
+            llm.generate([[9] * 6000, [8] * 5000, [7] * 700], params)
+            llm.generate([5, 6, 7], params)
+        assert compiled == []
+
+
 @pytest.fixture(scope="module")
 def default_ids(default_model: Path) -> list[list[int]]:
     with LLM(str(default_model)) as llm:

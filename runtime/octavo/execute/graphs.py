@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from octavo_kernels import draw_tokens, enter_blocks, find_broken, step_inputs
+from octavo_kernels import draw_tokens, enter_blocks, find_broken, gumbel_sample, step_inputs, top_k_top_p_min_p
 from octavo_kernels.ahead import compiled_ahead
 
 from octavo.attention.base import AttentionBackend
@@ -146,6 +146,7 @@ class StepGraphs:
             for shape in (*by_kind.values(), Shape(1, 1, True)):
                 self._run(shape)
                 self._draw_some(shape.entries)
+            self._filter_some()
 
         self._record.prepare(every_kind)
         collects = gc.isenabled()
@@ -236,6 +237,16 @@ class StepGraphs:
         logits = self._model.logits(self.hidden.index_select(0, chosen))
         temperature = table.floats[:, FLOATS.index("temperature")]
         draw_tokens(logits, rows, positions, temperature, table.seeds, table.tokens, staging.results[0, :size])
+
+
+    def _filter_some(self) -> None:
+        """Nothing is recorded of this; but its kernels must be there when a request comes that asks for them."""
+        device, vocabulary = self._table.device, self._table.vocab_size
+        for rows in (1, 2):
+            logits, ones = torch.zeros(rows, vocabulary, device=device), torch.ones(rows, device=device)
+            longs = torch.zeros(rows, dtype=torch.int64, device=device)
+            top_k_top_p_min_p(logits, ones, longs.to(torch.int32), ones, ones)
+            gumbel_sample(logits, ones, longs, longs)
 
 
 def _smallest(sizes: list[int], wanted: int) -> int | None:
