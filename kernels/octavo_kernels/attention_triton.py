@@ -12,8 +12,8 @@ Where all sequences of a decoding step begin with the same blocks, the splits in
 sequences' queries, which read the keys once; sums and order are those of the other way.
 
 A step with both kinds launches both, and each launch passes over the other's sequences. So which way a sequence goes,
-its splits and its tiles follow from its own numbers and the chip, and its result is the same in every batch. How many
-programs share the splits of a sequence does depend on the batch, as that changes no bit.
+its splits and its tiles follow from its own numbers, `min_split` and the chip, and its result is the same in every
+batch. How many programs share the splits of a sequence does depend on the batch, as that changes no bit.
 """
 
 # mypy: disallow-incomplete-defs=False

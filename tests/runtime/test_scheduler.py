@@ -276,6 +276,19 @@ def test_of_requests_that_come_at_once_one_computes_the_common_prefix(depth: int
         assert world.outcome(request) == (*expected_tokens(request, world.seed(request, 0)), None)
 
 
+def test_nobody_waits_for_the_prefix_of_somebody_of_less_priority() -> None:
+    world = World(blocks=60, rows=6, budget=8, depth=0)
+    prefix = [10, 11, 12, 13] * 5
+    world.add([*prefix, 20], priority=5)
+    world.step()  # a part of the prefix is there, the next block is coming
+    (urgent,), (patient,) = (world.add([*prefix, 21], priority=priority).sequences for priority in (0, 9))
+    assert not world.scheduler._coming.would_help(urgent)
+    assert world.scheduler._coming.would_help(patient)
+    world.run()
+    for request in world.requests:
+        assert world.outcome(request) == (*expected_tokens(request, world.seed(request, 0)), None)
+
+
 def test_sequences_with_a_common_beginning_are_told_so_to_the_device() -> None:
     world = World(blocks=60, rows=6, budget=64, depth=0)
     prefix = [10, 11, 12, 13] * 5

@@ -88,8 +88,11 @@ def library_of(name: str, write: Callable[[Any], None]) -> Library:
 
 def _compile(text: str) -> bytes:
     """An object file."""
-    import llvmlite.binding as llvm
-
+    try:
+        import llvmlite.binding as llvm
+    except (ImportError, OSError) as error:
+        problem = "llvmlite, which compiles the CPU's kernels, is installed but does not load: reinstall or remove it"
+        raise RuntimeError(f"{problem} ({error})") from error
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine(

@@ -3,6 +3,8 @@ scheduler, so that of requests which come at once with one long prefix only one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Sequence_
+
 from octavo.engine.blocks import BlockPool, block_key
 from octavo.engine.request import Sequence
 
@@ -28,15 +30,23 @@ class ComingBlocks:
         sequence.coming_key = b""
 
     def would_help(self, sequence: Sequence) -> bool:
-        """The first whole block that this sequence lacks is being filled."""
+        """The first whole block that this sequence lacks is being filled by one before it in order: nobody waits for
+        somebody of less priority."""
         if not self._by_key:
             return False
         _, keys = self._pool.match(sequence.tokens, sequence.request.cache_salt, sequence.length - 1)
         whole = (len(keys) + 1) * self._pool.block_size < sequence.length
-        return whole and self._key(sequence, keys) in self._by_key
+        filling = self._by_key.get(self._key(sequence, keys)) if whole else None
+        return filling is not None and filling.order < sequence.order
 
-    def _key(self, sequence: Sequence, keys: list[bytes]) -> bytes:
+    def name(self, sequence: Sequence, tokens: int) -> None:
+        """Work out the keys of the blocks of its first `tokens` tokens, before they are published under them."""
+        named, size = sequence.named, self._pool.block_size
+        for _ in range(len(sequence.block_keys) + len(named), tokens // size):
+            named.append(self._key(sequence, sequence.block_keys, named))
+
+    def _key(self, sequence: Sequence, keys: list[bytes], more: Sequence_[bytes] = ()) -> bytes:
         """Of the block that follows those with these keys."""
-        start, size = len(keys) * self._pool.block_size, self._pool.block_size
-        parent = keys[-1] if keys else b""
+        start, size = (len(keys) + len(more)) * self._pool.block_size, self._pool.block_size
+        parent = more[-1] if more else keys[-1] if keys else b""
         return block_key(parent, sequence.tokens[start : start + size], sequence.request.cache_salt)

@@ -15,7 +15,7 @@ from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from octavo.engine.blocks import NULL_BLOCK, BlockPool, block_key
+from octavo.engine.blocks import NULL_BLOCK, BlockPool
 from octavo.engine.coming import ComingBlocks
 from octavo.engine.plan import NewRow, RowStep, StepPlan
 from octavo.engine.request import Request, Sequence, TokenEvent
@@ -227,14 +227,9 @@ class Scheduler:
     def launched(self, draft: Draft) -> None:
         """A step is under way: name the blocks that it fills with a prompt while the device works on them. Those of
         8000 tokens take a millisecond, after which the answer would wait."""
-        size = self.pool.block_size
-        for sequence, epoch, step in draft.parts:
-            if step.count > size and epoch == sequence.epoch:
-                salt, keys = sequence.request.cache_salt, sequence.block_keys
-                for index in range(len(keys) + len(sequence.named), (step.start + step.count) // size):
-                    parent = sequence.named[-1] if sequence.named else keys[-1] if keys else b""
-                    tokens = sequence.tokens[index * size : (index + 1) * size]
-                    sequence.named.append(block_key(parent, tokens, salt))
+        for sequence, _, step in draft.parts:
+            if step.count > self.pool.block_size:
+                self._coming.name(sequence, step.start + step.count)
 
     def commit(self, draft: Draft, events: list[TokenEvent | None]) -> None:
         """Take in what a step produced. `events[i]` belongs to `draft.parts[i]`: its tokens and log-probabilities, or

@@ -87,12 +87,7 @@ def build_core(
             files, model_config, load_format=config.load_format, max_len=resolved.max_model_len, dtype=resolved.dtype,
             device=resolved.device, progress=progress,
         )  # fmt: skip
-        attention = attention_for(resolved.device, resolved.dtype)
-        if isinstance(attention, TritonAttention):
-            attention = TritonAttention(library=plan_long_prompts(
-                resolved.device, resolved.dtype, model_config.num_heads, model_config.num_kv_heads,
-                model_config.head_dim, resolved.max_num_batched_tokens,
-            ))  # fmt: skip
+        attention = attention_for(resolved.device, resolved.dtype, model_config, resolved.max_num_batched_tokens)
     pool = BlockPool(resolved.num_blocks, resolved.block_size, caching=config.enable_prefix_caching)
     scheduler = Scheduler(
         pool,
@@ -103,8 +98,9 @@ def build_core(
     table = RowTable(
         resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, model_config.vocab_size, resolved.device
     )
-    runner = Runner(model, kv, table, attention)
-    if resolved.device.type == "cuda":
+    if resolved.device.type != "cuda":
+        runner = Runner(model, kv, table, attention)
+    else:
         graphs = StepGraphs(
             model, kv, table, attention, max_tokens=resolved.max_num_batched_tokens,
             hidden=model_config.hidden_size, dtype=resolved.dtype, recorder=CudaRecorder(),
@@ -114,8 +110,16 @@ def build_core(
     return EngineCore(scheduler, runner, depth=resolved.depth, turns=turns)
 
 
-def attention_for(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-    return TritonAttention() if device.type == "cuda" else CpuAttention(dtype)
+def attention_for(
+    device: torch.device, dtype: torch.dtype, model: ModelConfig | None = None, max_tokens: int = 0
+) -> AttentionBackend:
+    """With a `model` and the longest step: ready to run, as far as a library takes part in it."""
+    if device.type != "cuda":
+        return CpuAttention(dtype)
+    library = model is not None and plan_long_prompts(
+        device, dtype, model.num_heads, model.num_kv_heads, model.head_dim, max_tokens
+    )
+    return TritonAttention(library=library)
 
 
 def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> Resolved:

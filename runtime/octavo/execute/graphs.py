@@ -11,10 +11,10 @@ Called by `graphed_runner.py`. Why graphs: on the host that was measured an oper
 
 from __future__ import annotations
 
-import gc
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -27,6 +27,7 @@ from octavo.execute.context import ForwardContext, KVCache, StepInputs
 from octavo.execute.model import Model
 from octavo.execute.staging import Staging
 from octavo.execute.table import FLOATS, RowTable
+from octavo.host_memory import collector_paused
 
 SHARING = 8
 """Sequences from which on a common prefix is attended to by all at once."""
@@ -55,7 +56,7 @@ def sharing_sizes_up_to(most: int) -> list[int]:
 
 
 def token_sizes_up_to(most: int) -> list[int]:
-    """Of steps with prompts in them: never padded by more than a half, above 256 by a quarter at most."""
+    """Of steps with prompts in them: from 16 tokens on at most a half is padding, from 256 on a fifth."""
     sizes = [16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024]
     sizes += [1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096]
     return [size for size in sizes if size <= most]
@@ -149,16 +150,11 @@ class StepGraphs:
             self._filter_some()
 
         self._record.prepare(every_kind)
-        collects = gc.isenabled()
-        gc.disable()  # a collection during a capture might free memory that belongs to it
-        try:
+        with collector_paused():  # a collection during a capture might free memory that belongs to it
             for shape in shapes:
-                self._forward[shape] = self._record(lambda shape=shape: self._run(shape))  # type: ignore[misc]
+                self._forward[shape] = self._record(partial(self._run, shape))
             for size in reversed(self._decode_sizes):
-                self._draw[size] = self._record(lambda size=size: self._draw_some(size))  # type: ignore[misc]
-        finally:
-            if collects:
-                gc.enable()
+                self._draw[size] = self._record(partial(self._draw_some, size))
 
     # ---------------------------------------------------------------- each step
 
@@ -237,7 +233,6 @@ class StepGraphs:
         logits = self._model.logits(self.hidden.index_select(0, chosen))
         temperature = table.floats[:, FLOATS.index("temperature")]
         draw_tokens(logits, rows, positions, temperature, table.seeds, table.tokens, staging.results[0, :size])
-
 
     def _filter_some(self) -> None:
         """Nothing is recorded of this; but its kernels must be there when a request comes that asks for them."""
