@@ -89,6 +89,27 @@ def test_sequences_with_a_common_prefix_share_its_attention(common: int, tmp_pat
     assert set(sent) == ({common // 16 * 16} if common >= 16 else set())
 
 
+def test_sequences_that_are_short_enough_have_graphs_of_their_own(tmp_path: Path) -> None:
+    """Up to 60 tokens each and from 8 of them on, in this test."""
+    path = make_model("llama-head-dim", tmp_path)
+    work = [([5 + n] * 30, SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)) for n in range(12)]
+    wanted = tokens_of(Parts(path, torch.float32).core(), work)
+    core = GraphedParts(path, torch.float32, undivided=lambda entries: 60 if entries >= 8 else 0).core(depth=1)
+    graphs, lengths = core.runner.graphs, Counter[tuple[bool, bool]]()
+    original = graphs._shape_for
+
+    def noted(plan: Any, parts: int, longest: int) -> Shape:
+        shape = original(plan, parts, longest)
+        if shape.decoding:
+            assert shape in graphs._forward
+            lengths[shape.undivided, longest <= 60 and shape.entries >= 8] += 1
+        return shape
+
+    graphs._shape_for = noted
+    assert tokens_of(core, work) == wanted
+    assert set(lengths) == {(True, True), (False, False)}
+
+
 def test_a_pool_that_is_too_small_preempts_and_changes_nothing(tmp_path: Path) -> None:
     path = make_model("llama-head-dim", tmp_path)
     work = [(prompt[:60], params) for prompt, params in requests(6, 20)]
@@ -132,7 +153,7 @@ def test_there_is_a_graph_for_every_number_of_rows(most: int) -> None:
     assert sizes == sorted(set(sizes))
     assert sizes[0] == 1
     assert sizes[-1] == most
-    assert all(later - size <= 8 for size, later in pairwise(sizes))
+    assert all(later - size <= min(16, max(8, size / 2)) for size, later in pairwise(sizes))
     tokens = token_sizes_up_to(4096)
     assert all(later / size <= 2 for size, later in pairwise(tokens))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ class Parts:
         return EngineCore(scheduler, self._runner(resolved, kv, table, model), depth=depth)
 
     def _runner(self, resolved: Resolved, kv: KVCache, table: RowTable, model: Any) -> Runner:
-        return Runner(model or self.model, kv, table, attention_for(self.device, self.dtype))
+        return Runner(model or self.model, kv, table, attention_for(self.device, self.dtype, self.config, 0))
 
 
 class PackedParts(Parts):
@@ -175,10 +176,17 @@ class PackedParts(Parts):
 
 
 class GraphedParts(Parts):
-    """The way of a GPU, with its attention and recorded steps, on the CPU: recordings are functions called again."""
+    """The way of a GPU, with its attention and recorded steps, on the CPU: recordings are functions called again.
+    `undivided`: instead of the attention's own."""
+
+    def __init__(self, path: Path, dtype: torch.dtype, undivided: Callable[[int], int] | None = None) -> None:
+        super().__init__(path, dtype)
+        self.undivided = undivided
 
     def _runner(self, resolved: Resolved, kv: KVCache, table: RowTable, model: Any) -> Runner:
-        attention = TritonAttention()
+        attention = TritonAttention(self.config.num_kv_heads)
+        if self.undivided is not None:
+            attention.undivided = self.undivided  # type: ignore[method-assign]
         graphs = StepGraphs(
             model or self.model, kv, table, attention, max_tokens=resolved.max_num_batched_tokens,
             hidden=self.config.hidden_size, dtype=self.dtype, recorder=CallAgain(),

@@ -36,6 +36,11 @@ class AttentionBackend(ABC):
     prompt_step: int | None = None
     """But a longer prompt that comes whole and alone is, rounded up to a multiple of this; None: it is not."""
 
+    def undivided(self, sequences: int) -> int:
+        """Steps that decode so many sequences, none of more tokens than this, are worth graphs of their own; 0: it
+        makes no difference here."""
+        return 0
+
     def shared_parts(self, shared: int, longest: int) -> int:
         """In how many parts the first `shared` tokens, the same blocks in all sequences of a decoding step of up to
         `longest` tokens each, are better attended to together; 0: it makes no difference here."""

@@ -37,9 +37,19 @@ class TritonAttention(AttentionBackend):
 
     default_block_size = 16
 
-    def __init__(self, *, library: bool = False) -> None:
-        self.library = library
+    def __init__(self, kv_heads: int, *, library: bool = False) -> None:
+        self.kv_heads, self.library = kv_heads, library
         self.prompt_step = LENGTH_STEP if library else None
+
+    def min_split(self, sequences: int) -> int:
+        """Keys in a split, at least: the fewer programs there are without splitting, the smaller."""
+        if sequences <= tiles.FEW_SEQUENCES:
+            return tiles.FEW_SPLIT
+        return tiles.MANY_SPLIT if sequences * self.kv_heads >= tiles.MANY_PROGRAMS else tiles.MIN_SPLIT
+
+    def undivided(self, sequences: int) -> int:
+        many = self.min_split(sequences) == tiles.MANY_SPLIT
+        return tiles.MANY_SPLIT if many else 0
 
     def shared_parts(self, shared: int, longest: int) -> int:
         return shared // tiles.MIN_SPLIT if longest <= tiles.MIN_SPLIT * tiles.MAX_SPLITS else 0
@@ -52,14 +62,15 @@ class TritonAttention(AttentionBackend):
                 blocks = -(-count // LENGTH_STEP) * LENGTH_STEP // inputs.block_size
                 fresh.append(Fresh(begin, count, F.pad(table[entry, :blocks], (0, max(0, blocks - table.shape[1])))))
             begin += count
-        return _Prepared(inputs, table, fresh, self.most_recorded)
+        split = self.min_split(len(inputs.rows)) if inputs.shared_parts is None else tiles.MIN_SPLIT
+        return _Prepared(inputs, table, fresh, self.most_recorded, split)
 
 
 class _Prepared(PreparedAttention):
-    def __init__(self, inputs: StepInputs, table: torch.Tensor, fresh: list[Fresh], longest: int) -> None:
-        self.inputs, self.table, self.fresh, self.longest = inputs, table, fresh, longest
-        few = len(inputs.rows) <= tiles.FEW_SEQUENCES
-        self.min_split = tiles.FEW_SPLIT if few else tiles.MIN_SPLIT
+    def __init__(
+        self, inputs: StepInputs, table: torch.Tensor, fresh: list[Fresh], longest: int, min_split: int
+    ) -> None:
+        self.inputs, self.table, self.fresh, self.longest, self.min_split = inputs, table, fresh, longest, min_split
 
     def attend(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, scale: float, window: int

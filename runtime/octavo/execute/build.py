@@ -111,15 +111,13 @@ def build_core(
 
 
 def attention_for(
-    device: torch.device, dtype: torch.dtype, model: ModelConfig | None = None, max_tokens: int = 0
+    device: torch.device, dtype: torch.dtype, model: ModelConfig, max_tokens: int
 ) -> AttentionBackend:
-    """With a `model` and the longest step: ready to run, as far as a library takes part in it."""
+    """Ready to run steps of up to `max_tokens`, as far as a library takes part in it."""
     if device.type != "cuda":
         return CpuAttention(dtype)
-    library = model is not None and plan_long_prompts(
-        device, dtype, model.num_heads, model.num_kv_heads, model.head_dim, max_tokens
-    )
-    return TritonAttention(library=library)
+    library = plan_long_prompts(device, dtype, model.num_heads, model.num_kv_heads, model.head_dim, max_tokens)
+    return TritonAttention(model.num_kv_heads, library=library)
 
 
 def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> Resolved:
@@ -128,7 +126,8 @@ def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig
     packing = choose_packing(config, files, model, device)
     dtype = torch.bfloat16 if packing else _dtype(config, model, device)
     gpu = device.type == "cuda"
-    block_size = config.block_size or attention_for(device, dtype).default_block_size
+    backend = TritonAttention if gpu else CpuAttention
+    block_size = config.block_size or backend.default_block_size
     if not gpu and (block_size > KV_PAD or KV_PAD % block_size):
         raise ConfigError(f"block_size must divide {KV_PAD} on the CPU, not {block_size}", "block_size")
     max_num_seqs = config.max_num_seqs or (256 if gpu else 64)

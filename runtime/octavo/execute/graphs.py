@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -46,8 +46,8 @@ class Recorder(Protocol):
 
 
 def sizes_up_to(most: int) -> list[int]:
-    """Of decoding steps: padding costs little, so few graphs for few rows, then one for every 8."""
-    return sorted({size for size in (1, 2, 4, *range(8, most, 8), most) if size <= most})
+    """Of decoding steps: padding costs little, so few graphs for few rows, then one for every 8, then for every 16."""
+    return sorted({size for size in (1, 2, 4, 8, 16, 24, *range(32, most, 16), most) if size <= most})
 
 
 def sharing_sizes_up_to(most: int) -> list[int]:
@@ -106,6 +106,8 @@ class Shape:
     """It is one prompt, of which nothing was computed before."""
     sharing: bool = False
     """They begin with the same blocks, enough of them to be attended to at once."""
+    undivided: bool = False
+    """None of them is longer than what attention does in one piece."""
 
 
 class StepGraphs:
@@ -133,6 +135,7 @@ class StepGraphs:
         """Of all forward graphs, the largest first, so that the smaller ones find their memory in the pool."""
         decoding = [Shape(size, size, True) for size in self._decode_sizes]
         decoding += [Shape(size, size, True, sharing=True) for size in self._sharing_sizes]
+        decoding += [Shape(s, s, True, undivided=True) for s in self._decode_sizes if self._undivided(s) > 0]
         mixed = [Shape(t, e, False) for t in self._token_sizes for e in self._entry_sizes_of(t)]
         prompts = [Shape(size, 1, False, whole_prompt=True) for size in self._prompt_sizes]
         return sorted(decoding + mixed + prompts, key=lambda shape: (-shape.tokens, -shape.entries))
@@ -141,10 +144,11 @@ class StepGraphs:
     def capture(self) -> None:
         """Record everything. Kernels that a step needs are compiled before the first recording."""
         shapes = self.shapes()
-        by_kind = {(s.decoding, s.whole_prompt, s.sharing): s for s in reversed(shapes)}  # the largest of each
+        by_kind = {replace(shape, tokens=0, entries=0): shape for shape in reversed(shapes)}  # the largest of each
+        small = [Shape(size, size, True) for size in self._decode_sizes if size in (1, FEW)]  # attended to otherwise
 
         def every_kind() -> None:
-            for shape in (*by_kind.values(), Shape(1, 1, True)):
+            for shape in (*by_kind.values(), *small):
                 self._run(shape)
                 self._draw_some(shape.entries)
             self._filter_some()
@@ -164,8 +168,9 @@ class StepGraphs:
 
     def forward(self, plan: StepPlan, drawing: Sequence[int]) -> torch.Tensor:
         """Launch a step; the entries at `drawing` can then `draw`. [tokens, hidden]."""
-        parts = self._shared_parts(plan)
-        shape = self._shape_for(plan, parts)
+        longest = max(step.start + step.count for step in plan.steps)
+        parts = self._shared_parts(plan, longest)
+        shape = self._shape_for(plan, parts, longest)
         self.staging.send(plan, shape.entries, drawing, _smallest(self._decode_sizes, len(drawing)) or 0, parts)
         replay = self._forward.get(shape)
         if replay is not None:
@@ -174,25 +179,28 @@ class StepGraphs:
             self._run(shape, plan)
         return self.hidden[: plan.num_tokens]
 
-    def _shared_parts(self, plan: StepPlan) -> int:
+    def _shared_parts(self, plan: StepPlan, longest: int) -> int:
         if plan.shared_blocks == 0 or len(plan.steps) < SHARING:
             return 0
-        shared = plan.shared_blocks * self._table.block_size
-        return self._attention.shared_parts(shared, 1 + max(step.start for step in plan.steps))
+        return self._attention.shared_parts(plan.shared_blocks * self._table.block_size, longest)
 
-    def _shape_for(self, plan: StepPlan, shared_parts: int) -> Shape:
+    def _shape_for(self, plan: StepPlan, shared_parts: int, longest: int) -> Shape:
         """Of the graph for a step; its own where there is none."""
         size, tokens = len(plan.steps), plan.num_tokens
         if tokens == size:
             sharing = shared_parts > 0
             padded = _smallest(self._sharing_sizes if sharing else self._decode_sizes, size) or size
-            return Shape(padded, padded, True, sharing=sharing)
+            undivided = not sharing and longest <= self._undivided(padded)
+            return Shape(padded, padded, True, sharing=sharing, undivided=undivided)
         if size == 1 and plan.steps[0].start == 0 and tokens > self._attention.most_recorded:
             longer = _smallest(self._prompt_sizes, tokens)
             if longer:
                 return Shape(longer, 1, False, whole_prompt=True)
         padded = _smallest(self._token_sizes, tokens) or tokens
         return Shape(padded, _smallest(self._entry_sizes_of(padded), size) or size, False)
+
+    def _undivided(self, entries: int) -> int:
+        return min(self._attention.undivided(entries), self._table.tokens.shape[1])
 
     def _entry_sizes_of(self, tokens: int) -> list[int]:
         return self._entry_sizes if tokens <= FEW_TOKENS else self._entry_sizes[-1:]
@@ -220,7 +228,8 @@ class StepGraphs:
             ids, positions, slots, rows, query_start, lengths, table.block_table, table.block_size,
             host_rows=[step.row for step in steps], counts=[step.count for step in steps],
             lengths=[step.start + step.count for step in steps], num_decodes=entries if shape.decoding else 0,
-            max_query_len=1 if shape.decoding else shape.tokens, max_seq_len=table.tokens.shape[1],
+            max_query_len=1 if shape.decoding else shape.tokens,
+            max_seq_len=self._undivided(entries) if shape.undivided else table.tokens.shape[1],
             shared_parts=staging.part("shared_parts", 1) if shape.sharing else None,
         )  # fmt: skip
         hidden = self.hidden[: shape.tokens]
