@@ -13,6 +13,7 @@ from octavo_kernels.attention import paged_attention, paged_attention_reference
 from octavo_kernels.draw import draw_tokens, draw_tokens_reference
 from octavo_kernels.filter import top_k_top_p_min_p, top_k_top_p_min_p_reference
 from octavo_kernels.gumbel import gumbel_sample, gumbel_sample_reference
+from octavo_kernels.invariant import invariant_linear, invariant_linear_reference
 from octavo_kernels.norm import fused_add_rms_norm, fused_add_rms_norm_reference
 from octavo_kernels.rope import RopeStep, prepare_rope, rope_and_cache, rope_and_cache_reference
 from octavo_kernels.row import row_linear, row_linear_reference
@@ -37,6 +38,8 @@ __all__ = [
     "fused_add_rms_norm_reference",
     "gumbel_sample",
     "gumbel_sample_reference",
+    "invariant_linear",
+    "invariant_linear_reference",
     "paged_attention",
     "paged_attention_reference",
     "prepare_rope",

@@ -131,3 +131,39 @@ def row_tiles(outputs: int, inputs: int, gated: bool) -> RowTiles:
     H100, 2 outputs and whole rows were within 0.2 us of the best of 60 choices, for 1024 to 3072 inputs."""
     block_k = 1 << (inputs - 1).bit_length()
     return RowTiles(2, min(1024, block_k), 2) if gated else RowTiles(2, min(2048, block_k), 4)
+
+
+@dataclass(frozen=True)
+class ProductTiles:
+    """Rows and outputs a program, inputs at a time, warps a program, stages of the load pipeline."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# From the largest to the smallest: the first that gives every multiprocessor a program. All have 64 rows at least, so
+# that Hopper's matrix unit takes all of them by the same instructions.
+_PRODUCTS = {
+    90: (
+        ProductTiles(128, 256, 64, 8, 3), ProductTiles(128, 128, 64, 8, 4), ProductTiles(64, 64, 128, 4, 4),
+        ProductTiles(64, 32, 128, 4, 5), ProductTiles(64, 16, 128, 4, 5),
+    ),
+    80: (ProductTiles(128, 128, 64, 8, 3), ProductTiles(64, 64, 64, 4, 4), ProductTiles(64, 16, 128, 4, 4)),
+    0: (ProductTiles(128, 128, 32, 8, 3), ProductTiles(64, 64, 64, 4, 3), ProductTiles(64, 16, 64, 4, 4)),
+}  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def invariant_tiles(arch: int, rows: int, outputs: int, itemsize: int, processors: int) -> ProductTiles:
+    """Tiles for a product of so many rows and outputs. None of them changes a bit of the result."""
+    if itemsize > 2:  # on the ordinary cores
+        return ProductTiles(64, 32, 32, 4, 2)
+    family = {80: 80, 90: 90, 100: 90, 103: 90}.get(arch, 0)
+    for tile in _PRODUCTS[family]:
+        fills = tile.block_m == 64 or rows > 64
+        if fills and -(-rows // tile.block_m) * -(-outputs // tile.block_n) >= processors:
+            return tile
+    return _PRODUCTS[family][-1]

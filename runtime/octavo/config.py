@@ -61,6 +61,9 @@ class EngineConfig:
     """Requests that may wait; one more is refused with `QueueFullError`."""
     enable_prefix_caching: bool = True
     """Keep the blocks of finished requests and reuse them for prompts which begin alike."""
+    deterministic: bool = False
+    """Greedy and seeded tokens of a request are the same to the bit alone, in any batch, in any order, after preemption
+    and from cached prefixes. On the CPU that is so anyway; on a GPU it has a price, which is in the README."""
     seed: int = 0
     """From which requests without a seed of their own derive one."""
 
@@ -98,7 +101,7 @@ class EngineConfig:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], not {share!r}", "gpu_memory_utilization")
         if sum(value is not None for value in (self.num_blocks, self.kv_cache_memory, share)) > 1:
             raise ConfigError("give one of num_blocks, kv_cache_memory and gpu_memory_utilization", "num_blocks")
-        for name in ("trust_remote_code", "enable_prefix_caching"):
+        for name in ("trust_remote_code", "enable_prefix_caching", "deterministic"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}", name)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):

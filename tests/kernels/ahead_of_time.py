@@ -112,6 +112,17 @@ def layer_calls() -> None:
     find_broken_triton(torch.zeros(8, 4096, dtype=torch.bfloat16), ints, ints[:4])
 
 
+def product_calls() -> None:
+    from octavo_kernels.invariant_triton import invariant_linear_triton
+
+    tiles.multiprocessors = lambda device: 132  # type: ignore[assignment]
+    for outputs, inputs in ((1024, 3072), (6144, 1024), (49152, 576)):
+        weight = torch.zeros(outputs, inputs, dtype=torch.bfloat16)
+        for rows in (1, 64, 256, 2048):
+            invariant_linear_triton(torch.zeros(rows, inputs, dtype=torch.bfloat16), weight, weight[:, 0].contiguous())
+    invariant_linear_triton(torch.zeros(4, 100), torch.zeros(100, 100))
+
+
 def sampling_calls() -> None:
     from octavo_kernels.draw_triton import draw_tokens_triton
     from octavo_kernels.filter_triton import top_k_top_p_min_p_triton
@@ -126,7 +137,7 @@ def sampling_calls() -> None:
         top_k_top_p_min_p_triton(torch.zeros(4, vocab), floats, ints, floats, floats)
 
 
-CALLS = {"attention": attention_calls, "layers": layer_calls, "sampling": sampling_calls}
+CALLS = {"attention": attention_calls, "layers": layer_calls, "products": product_calls, "sampling": sampling_calls}
 
 
 def main(arch: int, group: str) -> None:

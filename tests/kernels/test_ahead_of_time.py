@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).with_name("ahead_of_time.py")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have, from the programming guide
-# 86 stands for the consumer chips, which share one set of small tiles; its attention alone differs from sm_80's
+# 86 stands for the consumer chips, which share one set of small tiles; attention and products differ from sm_80's there
 CONSUMER = {86: 99 * 1024}
 
 EXPECTED = {
@@ -23,6 +23,7 @@ EXPECTED = {
         "add_rms_norm_kernel", "silu_and_mul_kernel", "rope_and_cache_kernel", "step_inputs_kernel",
         "enter_blocks_kernel", "find_broken_kernel", "row_linear_kernel",
     },
+    "products": {"invariant_linear_kernel"},
     "sampling": {
         "best_of_tile_kernel", "best_of_row_kernel", "best_in_tile_kernel", "note_best_kernel", "filter_kernel",
     },
@@ -42,7 +43,7 @@ def compiled(arch: int, group: str) -> list[dict]:
 @pytest.mark.slow
 @pytest.mark.parametrize("group", EXPECTED)
 def test_kernels_compile_and_fit(group: str) -> None:
-    limits = SHARED_LIMIT | (CONSUMER if group == "attention" else {})
+    limits = SHARED_LIMIT | (CONSUMER if group in ("attention", "products") else {})
     with ThreadPoolExecutor(2) as pool:
         results = dict(zip(limits, pool.map(lambda arch: compiled(arch, group), limits), strict=True))
     for arch, kernels in results.items():

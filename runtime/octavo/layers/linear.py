@@ -11,12 +11,15 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from octavo_kernels import silu_and_mul
+from octavo_kernels import invariant_linear, silu_and_mul
 
 PACKED_ROWS = 64
 """Rows of a typical step, a hint for the layout; 2 and 64 gave the same speed."""
 
 Product = Callable[[torch.Tensor], torch.Tensor]
+ProductMaker = Callable[[torch.Tensor, torch.Tensor | None], tuple[Product, bool]]
+"""x -> x W^T + b for a weight `[outputs, inputs]` that does not change any more. True: the weight was copied into
+another layout, and is not read again."""
 
 
 def packs(weight: torch.Tensor) -> bool:
@@ -26,13 +29,17 @@ def packs(weight: torch.Tensor) -> bool:
 
 
 def product_with(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Product, bool]:
-    """x -> x W^T + b for a weight `[outputs, inputs]` that does not change any more, by the fastest way there is for
-    its device and type. True: the weight was copied into another layout, and is not read again."""
+    """By the fastest way there is for the weight's device and type."""
     if packs(weight):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
         operator = torch.ops.mkldnn._linear_pointwise.default
         return lambda x: operator(x, packed, bias, "none", [], ""), True
     return lambda x: F.linear(x, weight, bias), False
+
+
+def invariant_product(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Product, bool]:
+    """Rows of a result do not depend on how many there are. Its price is in the README."""
+    return lambda x: invariant_linear(x, weight, bias), False
 
 
 class Linear:
@@ -49,9 +56,9 @@ class Linear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._product(x)
 
-    def finish(self) -> None:
+    def finish(self, make: ProductMaker = product_with) -> None:
         """The weights are in place: from here on they do not change."""
-        self._product, packed = product_with(self.weight, self.bias)
+        self._product, packed = make(self.weight, self.bias)
         if packed:
             self.weight = self.weight.new_empty(0)
 
@@ -79,8 +86,10 @@ class GatedLinear(Linear):
         super().__init__(inputs, parts, bias=bias, dtype=dtype, device=device)
         self._product = lambda x: silu_and_mul(F.linear(x, self.weight, self.bias))
 
-    def finish(self) -> None:
-        if not packs(self.weight):
+    def finish(self, make: ProductMaker = product_with) -> None:
+        if make is not product_with or not packs(self.weight):
+            both, _ = make(self.weight, self.bias)
+            self._product = lambda x: silu_and_mul(both(x))
             return
         parts = list(self.parts)
         gate, up = (torch.ops.mkldnn._reorder_linear_weight(p, PACKED_ROWS) for p in torch.split(self.weight, parts))

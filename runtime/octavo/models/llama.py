@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from octavo_kernels import RopeStep, fused_add_rms_norm, prepare_rope, rope_and_cache, row_linear
 
 from octavo.execute.context import ForwardContext
-from octavo.layers.linear import GatedLinear, Linear, Product, product_with
+from octavo.layers.linear import GatedLinear, Linear, Product, ProductMaker, product_with
 from octavo.layers.rope import cos_sin_table
 from octavo.models.config import ModelConfig
 
@@ -71,9 +71,9 @@ class LlamaLayer:
         inner = row_linear(x, gate_up.weight, gate_up.bias, norm=self.mlp_norm, eps=self.eps, gated=True)
         return row_linear(inner, self.down.weight, self.down.bias, residual=x)
 
-    def finish(self) -> None:
+    def finish(self, make: ProductMaker) -> None:
         for linear in (self.qkv, self.out, self.gate_up, self.down):
-            linear.finish()
+            linear.finish(make)
 
     def targets(self) -> dict[str, torch.Tensor]:
         prefix = f"model.layers.{self.index}."
@@ -121,11 +121,12 @@ class LlamaFamily:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._head_product(hidden)
 
-    def finish(self) -> None:
-        """The weights are in place: pack them where that is faster."""
+    def finish(self, make: ProductMaker = product_with) -> None:
+        """The weights are in place: products are made of them, packed where that is faster."""
+        self.fuses_rows = self.fuses_rows and make is product_with
         for layer in self.layers:
-            layer.finish()
-        self._head_product, packed = product_with(self.head, None)
+            layer.finish(make)
+        self._head_product, packed = make(self.head, None)
         if packed and self.head is not self.embedding:
             self.head = self.head.new_empty(0)
 

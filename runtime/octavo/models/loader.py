@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from octavo.errors import ModelFileError
+from octavo.layers.linear import ProductMaker, product_with
 from octavo.models.config import ModelConfig
 from octavo.models.llama import LlamaFamily
 from octavo.models.registry import build_model
@@ -20,7 +21,7 @@ LOAD_THREADS = 2
 
 def load_model(
     files: ModelFiles, config: ModelConfig, *, load_format: str, max_len: int, dtype: torch.dtype, device: torch.device,
-    progress: Callable[[str, int, int | None], None] | None = None,
+    progress: Callable[[str, int, int | None], None] | None = None, product: ProductMaker = product_with,
 ) -> LlamaFamily:  # fmt: skip
     """Raises `ModelFileError` naming file and tensor where the checkpoint and the config do not fit together."""
     model = build_model(config, max_len=max_len, dtype=dtype, device=device)
@@ -39,7 +40,7 @@ def load_model(
                     progress("loading", done, len(order))
         targets.clear()
         order.clear()  # or the unpacked weights would live as long as this list
-        model.finish()
+        model.finish(product)
     return model
 
 

@@ -6,12 +6,14 @@ from octavo_kernels import (
     enter_blocks_reference,
     find_broken_reference,
     fused_add_rms_norm_reference,
+    invariant_linear_reference,
     rope_and_cache_reference,
     row_linear_reference,
     silu_and_mul_reference,
     step_inputs_reference,
 )
 from octavo_kernels.activation_triton import silu_and_mul_triton
+from octavo_kernels.invariant_triton import invariant_linear_triton
 from octavo_kernels.norm_triton import fused_add_rms_norm_triton
 from octavo_kernels.rope_triton import rope_and_cache_triton
 from octavo_kernels.row_triton import row_linear_triton
@@ -166,3 +168,32 @@ def test_row_linear(device, inputs, outputs, gated, extras, dtype) -> None:
     options = {"norm": norm, "eps": 1e-5, "gated": gated, "residual": residual}
     expected = row_linear_reference(x, weight, bias, **options)
     close(row_linear_triton(x, weight, bias, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 20), (100, 33), (576, 130)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_invariant_linear(device, inputs, outputs, with_bias, dtype) -> None:
+    x = torch.randn(130, inputs + 3).to(device, dtype)[:, :inputs]
+    weight = (torch.randn(outputs, inputs) * inputs**-0.5).to(device, dtype)
+    bias = torch.randn(outputs).to(device, dtype) if with_bias else None
+    for rows in (1, 5, 130):
+        close(invariant_linear_triton(x[:rows], weight, bias), invariant_linear_reference(x[:rows], weight, bias))
+    assert invariant_linear_triton(x[:0], weight).shape == (0, outputs)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("inputs", "outputs"), [(1024, 4096), (1536, 1000), (3072, 1024), (1000, 20000)])
+def test_rows_of_invariant_linear_are_what_they_are_alone(device, inputs, outputs, dtype) -> None:
+    """To the bit on a GPU, with tiles of every kind. The interpreter's products are numpy's."""
+    if device.type == "cpu":
+        inputs, outputs = inputs // 8, outputs // 40
+    weight, bias = torch.randn(outputs, inputs).to(device, dtype), torch.randn(outputs).to(device, dtype)
+    x = torch.randn(3000 if device.type == "cuda" else 140, inputs).to(device, dtype)
+    wanted = invariant_linear_triton(x, weight, bias)
+    for begin, end in ((0, 1), (7, 9), (0, 64), (3, 68), (1, 130), (100, 400), (0, 1111)):
+        found = invariant_linear_triton(x[begin:end], weight, bias)
+        if device.type == "cuda":
+            assert torch.equal(found, wanted[begin:end]), (begin, end)
+        else:
+            close(found, wanted[begin:end])
