@@ -38,6 +38,17 @@ def vector(name: str, tensor: torch.Tensor, size: int, kind: torch.dtype) -> Non
     unit_stride(name, tensor)
 
 
+def kv_scales(scales: torch.Tensor | None, cache: torch.Tensor) -> None:
+    """An FP8 cache has its scales, no other cache has any."""
+    if (cache.dtype == torch.float8_e4m3fn) != (scales is not None):
+        raise ValueError(f"kv_scales go with a cache of {torch.float8_e4m3fn}, and with no other; it is {cache.dtype}")
+    if scales is not None:
+        shape("kv_scales", scales, (2, cache.shape[1]))
+        dtype("kv_scales", scales, torch.float32)
+        if not scales.is_contiguous():
+            raise ValueError("kv_scales must be contiguous")
+
+
 def output(name: str, tensor: torch.Tensor, expected: tuple[int, ...], kind: torch.dtype) -> None:
     """A caller's output buffer has the shape and the dtype of the result."""
     shape(name, tensor, expected)

@@ -25,6 +25,8 @@ def paged_attention(
     longest_fresh: int = 0,
     shared_splits: torch.Tensor | None = None,
     min_split: int = tiles.MIN_SPLIT,
+    kv_scales: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of new tokens to all tokens of their own sequence, whose KV is in the cache already.
@@ -36,7 +38,8 @@ def paged_attention(
 
     Args:
         q: `[T, H, D]`, fp32, bf16 or fp16.
-        k_cache, v_cache: `[num_blocks, KH, block_size, D]`; `KH` divides `H`. Slots past a sequence's end are not read.
+        k_cache, v_cache: `[num_blocks, KH, block_size, D]`; `KH` divides `H`; in the dtype of `q`, or float8_e4m3fn.
+            Slots past a sequence's end are not read.
         block_table: `[B, max_blocks]` int32, the blocks of each sequence.
         query_start: `[B + 1]` int32, running sum of the query counts, beginning with 0.
         seq_lens: `[B]` int32, tokens of each sequence in the cache, the new ones included.
@@ -52,6 +55,9 @@ def paged_attention(
             faster and changes no bit. Not with a window.
         min_split: keys that a single query attends to one after the other, at least; a power of two. Fewer are faster
             where few sequences are there.
+        kv_scales: `[2, KH]` fp32, for caches of float8_e4m3fn: what their keys and values are to be multiplied with.
+        alibi_slopes: `[H]` fp32: `slope * (position(k) - position(q))` is added to a head's scores, after the soft cap
+            and before the mask. Not with `shared_splits`.
         out: `[T, H, D]` to receive the result.
 
     Returns:
@@ -61,7 +67,8 @@ def paged_attention(
     Raises:
         ValueError: a shape, a dtype or a stride is wrong, or a bound is not positive.
 
-    Source: Dao et al., "FlashAttention" (2022) and "Flash-Decoding" (2023); Kwon et al., "PagedAttention" (2023).
+    Source: Dao et al., "FlashAttention" (2022) and "Flash-Decoding" (2023); Kwon et al., "PagedAttention" (2023);
+    Press et al., "Train Short, Test Long" (ALiBi, 2022).
     """
     tokens, heads, head_size = q.shape
     batch, kv_heads = seq_lens.shape[0], k_cache.shape[1]
@@ -71,6 +78,7 @@ def paged_attention(
     check.unit_stride("k_cache", k_cache)
     if v_cache.shape != k_cache.shape or v_cache.dtype != k_cache.dtype or v_cache.stride() != k_cache.stride():
         raise ValueError("v_cache must have the shape, the dtype and the strides of k_cache")
+    check.kv_scales(kv_scales, k_cache)
     if heads % kv_heads:
         raise ValueError(f"q has {heads} heads and k_cache {kv_heads}; the second must divide the first")
     check.shape("block_table", block_table, (batch, -1))
@@ -84,8 +92,10 @@ def paged_attention(
         raise ValueError(f"window and soft_cap are off at 0 and never negative; got {window} and {soft_cap}")
     if shared_splits is not None:
         check.vector("shared_splits", shared_splits, 1, torch.int32)
-        if window > 0 or max_query_len > 1:
-            raise ValueError("shared_splits is for decoding without a window")
+        if window > 0 or max_query_len > 1 or alibi_slopes is not None:
+            raise ValueError("shared_splits is for decoding without a window and without ALiBi")
+    if alibi_slopes is not None:
+        check.vector("alibi_slopes", alibi_slopes, heads, torch.float32)
     if out is not None:
         check.output("out", out, (tokens, heads, head_size), q.dtype)
     if use_triton(q):
@@ -95,7 +105,8 @@ def paged_attention(
     return run(
         q, k_cache, v_cache, block_table, query_start, seq_lens,
         max_query_len=max_query_len, max_seq_len=max_seq_len, scale=scale, window=window, soft_cap=soft_cap,
-        longest_fresh=longest_fresh, shared_splits=shared_splits, min_split=min_split, out=out,
+        longest_fresh=longest_fresh, shared_splits=shared_splits, min_split=min_split,
+        kv_scales=kv_scales, alibi_slopes=alibi_slopes, out=out,
     )  # fmt: skip
 
 
@@ -115,6 +126,8 @@ def paged_attention_reference(
     longest_fresh: int = 0,
     shared_splits: torch.Tensor | None = None,
     min_split: int = tiles.MIN_SPLIT,
+    kv_scales: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The twin of `paged_attention`; same arguments, same result. One sequence at a time, in fp32: made to be right."""
@@ -127,20 +140,23 @@ def paged_attention_reference(
         if begin == end or (longest_fresh and end - begin == length > longest_fresh):
             continue
         blocks = block_table[b, : -(-length // block_size)].long()
-        keys = _gather(k_cache, blocks, length, group)
-        values = _gather(v_cache, blocks, length, group)
+        keys, values = _gather(k_cache, blocks, length), _gather(v_cache, blocks, length)
+        if kv_scales is not None:
+            keys, values = keys * kv_scales[0][:, None, None], values * kv_scales[1][:, None, None]
+        keys, values = keys.repeat_interleave(group, dim=0), values.repeat_interleave(group, dim=0)
         scores = torch.einsum("qhd,hkd->hqk", q[begin:end].float(), keys) * scale
         if soft_cap > 0:
             scores = soft_cap * torch.tanh(scores / soft_cap)
         position = torch.arange(length, device=q.device)
         distance = position[length - (end - begin) :, None] - position[None, :]
+        if alibi_slopes is not None:
+            scores -= alibi_slopes[:, None, None] * distance
         hidden = (distance < 0) | (distance >= window) if window > 0 else distance < 0
         weights = scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
         out[begin:end] = torch.einsum("hqk,hkd->qhd", weights, values).to(q.dtype)
     return out
 
 
-def _gather(cache: torch.Tensor, blocks: torch.Tensor, length: int, group: int) -> torch.Tensor:
-    """The first `length` cached vectors of a sequence, `[H, length, D]` fp32, each KV head repeated for its group."""
-    vectors = cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length]
-    return vectors.float().repeat_interleave(group, dim=0)
+def _gather(cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.Tensor:
+    """The first `length` cached vectors of a sequence, `[KH, length, D]` fp32."""
+    return cache[blocks].float().transpose(0, 1).flatten(1, 2)[:, :length]

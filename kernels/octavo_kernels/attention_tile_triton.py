@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def split_size(span, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
@@ -33,7 +35,8 @@ def first_visible_key(position, window, BLOCK_N: tl.constexpr, WINDOWED: tl.cons
 
 @triton.jit
 def _attend_tile(
-    q, acc, top, total, start, end, position, k_head, v_head, blocks, stride_block, stride_slot, window, scale, cap,
+    q, acc, top, total, start, end, position, k_head, v_head, blocks, stride_block, stride_slot,
+    window, scale, cap, slope,
     BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -50,22 +53,25 @@ def _attend_tile(
     k_at = k_head + place[None, :] + column[:, None]
     v_at = v_head + place[:, None] + column[None, :]
     if MASKED:
-        k = tl.load(k_at, mask=exists[None, :] & (column < HEAD_SIZE)[:, None], other=0)
-        v = tl.load(v_at, mask=exists[:, None] & (column < HEAD_SIZE)[None, :], other=0)
+        k = tl.load(k_at, mask=exists[None, :] & (column < HEAD_SIZE)[:, None], other=0.0)
+        v = tl.load(v_at, mask=exists[:, None] & (column < HEAD_SIZE)[None, :], other=0.0)
     elif BLOCK_D == HEAD_SIZE:
         k = tl.load(k_at)
         v = tl.load(v_at)
     else:
-        k = tl.load(k_at, mask=(column < HEAD_SIZE)[:, None], other=0)
-        v = tl.load(v_at, mask=(column < HEAD_SIZE)[None, :], other=0)
+        k = tl.load(k_at, mask=(column < HEAD_SIZE)[:, None], other=0.0)
+        v = tl.load(v_at, mask=(column < HEAD_SIZE)[None, :], other=0.0)
 
-    # Scores are in units of log 2, so that the exponential is a single exp2.
+    # Scores are in units of log 2, so that the exponential is a single exp2. Keys and values of an FP8 cache become
+    # numbers of the queries' type first: sums of FP8 products are too coarse for long contexts.
     if WIDE:  # Triton's interpreter has no product of bf16
         score = tl.dot(q.to(tl.float32), k.to(tl.float32), input_precision=PRECISION) * scale
     else:
         score = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
     if CAPPED:  # `scale` holds 2 log2(e) / cap here: tanh(x) = 1 - 2 / (exp(2x) + 1)
         score = cap * (1 - 2 / (tl.exp2(score) + 1))
+    if slope is not None:
+        score += slope[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
     if MASKED:
         distance = position[:, None] - key[None, :]
         seen = (distance >= 0) & exists[None, :]
@@ -88,11 +94,15 @@ def _attend_tile(
 
 @triton.jit
 def attend(
-    q, first_key, end, first_position, position, k_head, v_head, blocks, stride_block, stride_slot, window, scale, cap,
+    q, first_key, end, first_position, position, k_head, v_head, blocks, stride_block, stride_slot,
+    window, scale, cap, slope, v_scale,
     BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Attention of a tile of queries to keys `first_key .. end`: weighted sum, top score, total weight."""
+    """Attention of a tile of queries to keys `first_key .. end`: weighted sum, top score, total weight.
+
+    `slope`: None, or ALiBi's of each row, times log2(e). `v_scale`: None, or that of an FP8 cache's values; that of its
+    keys is in `scale`."""
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -103,13 +113,15 @@ def attend(
         for start in range(first_key, masked_from, BLOCK_N):
             acc, top, total = _attend_tile(
                 q, acc, top, total, start, end, position, k_head, v_head, blocks, stride_block, stride_slot,
-                window, scale, cap,
+                window, scale, cap, slope,
                 BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_N, WINDOWED, CAPPED, False, PRECISION, WIDE,
             )  # fmt: skip
     for start in range(masked_from, end, BLOCK_N):
         acc, top, total = _attend_tile(
             q, acc, top, total, start, end, position, k_head, v_head, blocks, stride_block, stride_slot,
-            window, scale, cap,
+            window, scale, cap, slope,
             BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_N, WINDOWED, CAPPED, True, PRECISION, WIDE,
         )  # fmt: skip
+    if v_scale is not None:
+        acc *= v_scale
     return acc, top, total

@@ -27,9 +27,8 @@ import triton.language as tl
 
 from octavo_kernels import tiles
 from octavo_kernels._dispatch import INTERPRETED, launches_early
-from octavo_kernels.attention_tile_triton import attend, first_visible_key, split_size
+from octavo_kernels.attention_tile_triton import LOG2E, attend, first_visible_key, split_size
 
-LOG2E = 1.4426950408889634
 NO_LIMIT = 2**31 - 1
 
 
@@ -39,7 +38,7 @@ NO_LIMIT = 2**31 - 1
 )
 def paged_attention_kernel(
     q, k_cache, v_cache, block_table, query_start, seq_lens, out, part_acc, part_top, part_total, shared,
-    batch, halvings, tiles_each, token_slots, split_slots,
+    kv_scales, alibi_slopes, batch, halvings, tiles_each, token_slots, split_slots,
     q_stride_token, q_stride_head, out_stride_token, out_stride_head,
     stride_block, stride_head, stride_slot, table_stride, longest_fresh, window, scale, cap,
     GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -96,6 +95,13 @@ def paged_attention_kernel(
     blocks = block_table + b.to(tl.int64) * table_stride
     out_at = out + (begin + token).to(tl.int64)[:, None] * out_stride_token + head[:, None] * out_stride_head
     out_at += column[None, :]
+    slope = None
+    v_scale = None
+    if kv_scales is not None:
+        scale *= tl.load(kv_scales + kv_head)
+        v_scale = tl.load(kv_scales + tl.num_programs(1) + kv_head)
+    if alibi_slopes is not None:
+        slope = tl.load(alibi_slopes + head, mask=live, other=0.0) * LOG2E
 
     if SHORT:
         first_key = first_visible_key(length - count, window, BLOCK_N, WINDOWED)
@@ -109,7 +115,7 @@ def paged_attention_kernel(
             start = first_key + split * size
             acc, top, total = attend(
                 queries, start, tl.minimum(start + size, end), first_position, position,
-                k_head, v_head, blocks, stride_block, stride_slot, window, scale, cap,
+                k_head, v_head, blocks, stride_block, stride_slot, window, scale, cap, slope, v_scale,
                 BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWED, CAPPED, PRECISION, WIDE,
             )  # fmt: skip
             if splits == 1:
@@ -125,7 +131,7 @@ def paged_attention_kernel(
         first_key = first_visible_key(first_position, window, BLOCK_N, WINDOWED)
         acc, top, total = attend(
             queries, first_key, end, first_position, position,
-            k_head, v_head, blocks, stride_block, stride_slot, window, scale, cap,
+            k_head, v_head, blocks, stride_block, stride_slot, window, scale, cap, slope, v_scale,
             BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWED, CAPPED, PRECISION, WIDE,
         )  # fmt: skip
         result = acc / tl.where(total == 0, 1.0, total)[:, None]
@@ -134,8 +140,8 @@ def paged_attention_kernel(
 
 @triton.jit(do_not_specialize=["batch", "split_slots"])
 def shared_splits_kernel(
-    q, k_cache, v_cache, block_table, query_start, part_acc, part_top, part_total, shared, batch, split_slots,
-    q_stride_token, q_stride_head, stride_block, stride_head, stride_slot, scale, cap,
+    q, k_cache, v_cache, block_table, query_start, part_acc, part_top, part_total, shared, kv_scales,
+    batch, split_slots, q_stride_token, q_stride_head, stride_block, stride_head, stride_slot, scale, cap,
     GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MIN_SPLIT: tl.constexpr, CAPPED: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
@@ -157,10 +163,14 @@ def shared_splits_kernel(
     kept = live[:, None] & (column < HEAD_SIZE)[None, :]
     q_at = q + token.to(tl.int64)[:, None] * q_stride_token + head[:, None] * q_stride_head + column[None, :]
     start = split * MIN_SPLIT
+    v_scale = None
+    if kv_scales is not None:
+        scale *= tl.load(kv_scales + kv_head)
+        v_scale = tl.load(kv_scales + tl.num_programs(1) + kv_head)
     acc, top, total = attend(
         tl.load(q_at, mask=kept, other=0), start, start + MIN_SPLIT, start + MIN_SPLIT, row * 0 + start + MIN_SPLIT,
         k_cache + kv_head.to(tl.int64) * stride_head, v_cache + kv_head.to(tl.int64) * stride_head, block_table,
-        stride_block, stride_slot, 0, scale, cap,
+        stride_block, stride_slot, 0, scale, cap, None, v_scale,
         BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, False, CAPPED, PRECISION, WIDE,
     )  # fmt: skip
     place = (b.to(tl.int64) * tl.num_programs(1) * GROUP + head) * split_slots + split
@@ -233,6 +243,8 @@ def paged_attention_triton(
     longest_fresh: int = 0,
     shared_splits: torch.Tensor | None = None,
     min_split: int = tiles.MIN_SPLIT,
+    kv_scales: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`attention.paged_attention` without its checks. Raises `ValueError` for a head size above 256."""
@@ -269,18 +281,19 @@ def paged_attention_triton(
             part_top, part_total = torch.empty(2, rows, dtype=torch.float32, device=device).unbind(0)
         shares = short and shared_splits is not None and split_slots > 1
         precision = "ieee" if q.dtype == torch.float32 else "tf32"
-        factor, cap = 2 * LOG2E * scale / soft_cap if soft_cap > 0 else LOG2E * scale, soft_cap * LOG2E
+        factor, cap = LOG2E.value * (2 * scale / soft_cap if soft_cap > 0 else scale), LOG2E.value * soft_cap
         if shares:
             shared_splits_kernel[triton.cdiv(batch * group, tiles.SHARED_ROWS), kv_heads, split_slots](
-                q, k_cache, v_cache, block_table, query_start, part_acc, part_top, part_total, shared_splits, batch,
-                split_slots, q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
-                factor, cap, GROUP=group, BLOCK_SIZE=k_cache.shape[2], HEAD_SIZE=head_size, BLOCK_D=block_d,
+                q, k_cache, v_cache, block_table, query_start, part_acc, part_top, part_total, shared_splits,
+                kv_scales, batch, split_slots, q.stride(0), q.stride(1),
+                k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), factor, cap,
+                GROUP=group, BLOCK_SIZE=k_cache.shape[2], HEAD_SIZE=head_size, BLOCK_D=block_d,
                 BLOCK_M=tiles.SHARED_ROWS, BLOCK_N=tile.block_n, MIN_SPLIT=min_split, CAPPED=soft_cap > 0,
                 PRECISION=precision, WIDE=INTERPRETED, EARLY=early, num_warps=4, num_stages=1, launch_pdl=early,
             )  # fmt: skip
         paged_attention_kernel[grid](
             q, k_cache, v_cache, block_table, query_start, seq_lens, out, part_acc, part_top, part_total,
-            shared_splits if shares else out,
+            shared_splits if shares else out, kv_scales, alibi_slopes,
             batch, (batch - 1).bit_length(), tiles_each, token_slots, split_slots,
             q.stride(0), q.stride(1), out.stride(0), out.stride(1),
             k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), block_table.stride(0),

@@ -12,6 +12,9 @@ import torch
 from octavo_kernels import _checks as check
 from octavo_kernels._dispatch import use_triton
 
+FP8_MAX = 448.0
+"""The largest number of float8_e4m3fn, which has no infinity: beyond it there is only NaN."""
+
 
 @dataclass(slots=True)
 class RopeStep:
@@ -65,6 +68,7 @@ def rope_and_cache(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
+    kv_scales: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     step: RopeStep | None = None,
 ) -> torch.Tensor:
@@ -82,6 +86,8 @@ def rope_and_cache(
         num_heads, num_kv_heads: `H` and `KH`.
         q_norm, k_norm: `[D]` weights of a per-head RMS norm before the rotation (Qwen3), or None.
         eps: of that norm.
+        kv_scales: `[2, KH]` fp32, for caches of float8_e4m3fn: what the stored keys and values are to be multiplied
+            with. What is then beyond the type's largest number, 448, is stored as that. A NaN stays one.
         out: `[T, H, D]` to receive the queries.
         step: from `prepare_rope` with the same arguments, to save the twin its lookups.
 
@@ -101,6 +107,7 @@ def rope_and_cache(
     check.unit_stride("k_cache", k_cache)
     if v_cache.shape != k_cache.shape or v_cache.dtype != k_cache.dtype or v_cache.stride() != k_cache.stride():
         raise ValueError("v_cache must have the shape, the dtype and the strides of k_cache")
+    check.kv_scales(kv_scales, k_cache)
     check.shape("cos_sin", cos_sin, (-1, -1))
     check.dtype("cos_sin", cos_sin, torch.float32)
     check.unit_stride("cos_sin", cos_sin)
@@ -121,11 +128,11 @@ def rope_and_cache(
 
         return rope_and_cache_triton(
             qkv, cos_sin, positions, slots, k_cache, v_cache, num_heads, num_kv_heads,
-            q_norm=q_norm, k_norm=k_norm, eps=eps, out=out,
+            q_norm=q_norm, k_norm=k_norm, eps=eps, kv_scales=kv_scales, out=out,
         )  # fmt: skip
     return rope_and_cache_reference(
         qkv, cos_sin, positions, slots, k_cache, v_cache, num_heads, num_kv_heads,
-        q_norm=q_norm, k_norm=k_norm, eps=eps, out=out, step=step,
+        q_norm=q_norm, k_norm=k_norm, eps=eps, kv_scales=kv_scales, out=out, step=step,
     )  # fmt: skip
 
 
@@ -142,6 +149,7 @@ def rope_and_cache_reference(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
+    kv_scales: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     step: RopeStep | None = None,
 ) -> torch.Tensor:
@@ -158,7 +166,13 @@ def rope_and_cache_reference(
     turned = plain * step.cos
     turned[..., :half].addcmul_(plain[..., half : 2 * half], step.sin, value=-1)
     turned[..., half : 2 * half].addcmul_(plain[..., :half], step.sin)
-    _write(k_cache, turned[:, num_heads:], step)
+    keys = turned[:, num_heads:]
+    if kv_scales is not None:
+        keys, values = (
+            (part * scale[:, None]).clamp(-FP8_MAX, FP8_MAX)
+            for part, scale in zip((keys, values.float()), kv_scales.reciprocal(), strict=True)
+        )
+    _write(k_cache, keys, step)
     _write(v_cache, values, step)
     if out is None:
         out = qkv.new_empty(tokens, num_heads, head_size)
@@ -172,6 +186,8 @@ def _write(cache: torch.Tensor, source: torch.Tensor, step: RopeStep) -> None:
         source = source.index_select(0, step.written)
     head_size = cache.shape[3]
     rows = source.to(cache.dtype).reshape(-1, head_size)
+    if cache.itemsize == 1:  # torch does not copy numbers of FP8 by index on every device, but it does bytes
+        cache, rows = cache.view(torch.uint8), rows.view(torch.uint8)
     if cache.is_contiguous():
         cache.view(-1, head_size).index_copy_(0, step.rows, rows)
         return

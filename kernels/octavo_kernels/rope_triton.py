@@ -15,19 +15,26 @@ import triton.language as tl
 
 from octavo_kernels import tiles
 from octavo_kernels._dispatch import launches_early
+from octavo_kernels.rope import FP8_MAX as LARGEST
+
+FP8_MAX = tl.constexpr(LARGEST)
 
 
 @triton.jit
-def _store(value, part, column, inside, is_q, is_k, is_v, q_row, k_row, v_row):
-    """Send a tile of heads to the queries, the key cache or the value cache, whichever each head belongs to."""
+def _store(value, part, column, inside, is_q, is_k, is_v, q_row, k_row, v_row, inverse):
+    """Send a tile of heads to the queries, the key cache or the value cache, whichever each head belongs to. `inverse`:
+    None, or what an FP8 cache's keys and values are multiplied with."""
     tl.store(q_row + column, value.to(q_row.dtype.element_ty), mask=inside & is_q)
+    if inverse is not None:
+        value = tl.clamp(value * inverse, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+        part = tl.clamp(part * inverse, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
     tl.store(k_row + column, value.to(k_row.dtype.element_ty), mask=inside & is_k)
     tl.store(v_row + column, part.to(v_row.dtype.element_ty), mask=inside & is_v)
 
 
 @triton.jit
 def rope_and_cache_kernel(
-    qkv, cos_sin, positions, slots, k_cache, v_cache, q_norm, k_norm, out,
+    qkv, cos_sin, positions, slots, k_cache, v_cache, q_norm, k_norm, kv_scales, out,
     qkv_stride, cos_sin_stride, out_stride_token, out_stride_head,
     cache_stride_block, cache_stride_head, cache_stride_slot, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -85,10 +92,13 @@ def rope_and_cache_kernel(
     q_row = out + token * out_stride_token + head * out_stride_head
     k_row = k_cache + place + (head - HEADS) * cache_stride_head
     v_row = v_cache + place + (head - HEADS - KV_HEADS) * cache_stride_head
-    _store(turned_first, first_in, column, turning, is_q, is_k, is_v, q_row, k_row, v_row)
-    _store(turned_second, second_in, HALF + column, turning, is_q, is_k, is_v, q_row, k_row, v_row)
+    inverse = None
+    if kv_scales is not None:  # the scales of all keys' heads, then those of all values'
+        inverse = tl.div_rn(1.0, tl.load(kv_scales + head - HEADS, mask=is_k | is_v, other=1.0))
+    _store(turned_first, first_in, column, turning, is_q, is_k, is_v, q_row, k_row, v_row, inverse)
+    _store(turned_second, second_in, HALF + column, turning, is_q, is_k, is_v, q_row, k_row, v_row, inverse)
     if 2 * HALF < HEAD_SIZE:
-        _store(rest, rest_in, beyond, passing, is_q, is_k, is_v, q_row, k_row, v_row)
+        _store(rest, rest_in, beyond, passing, is_q, is_k, is_v, q_row, k_row, v_row, inverse)
 
 
 def rope_and_cache_triton(
@@ -104,6 +114,7 @@ def rope_and_cache_triton(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
+    kv_scales: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`rope.rope_and_cache` without its checks."""
@@ -117,7 +128,7 @@ def rope_and_cache_triton(
     tile_heads = max(1, tiles.ROPE_TILE // tile_half)
     rope_and_cache_kernel[tokens, triton.cdiv(num_heads + 2 * num_kv_heads, tile_heads)](
         qkv, cos_sin, positions, slots, k_cache, v_cache,
-        qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, out,
+        qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, kv_scales, out,
         qkv.stride(0), cos_sin.stride(0), out.stride(0), out.stride(1),
         k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), eps,
         HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_SIZE=head_size, HALF=half, BLOCK_SIZE=k_cache.shape[2],

@@ -3,10 +3,11 @@
 The launchers run as they would on that GPU, on CPU tensors, but what they launch is recorded instead of run. So what is
 compiled are the tiles, the constants and the divisibility of arguments which are really used, not a copy of them.
 
-    python ahead_of_time.py 90 attention        prints a JSON list of {name, constants, shared, warps}
+    python ahead_of_time.py 90 attention        prints a JSON list of {name, constants, shared, warps, cubin, fp8}
 """
 
 import json
+import re
 import sys
 from typing import Any
 
@@ -19,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 DTYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
-    torch.int32: "i32", torch.int64: "i64",
+    torch.int32: "i32", torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 RECORDED: list[tuple[JITFunction, dict[str, Any], dict[str, Any]]] = []
 
@@ -34,14 +35,14 @@ def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any
 
 
 def source(kernel: JITFunction, values: dict[str, Any]) -> ASTSource:
-    """The specialisation Triton would choose: ones are constants, multiples of 16 are known to be such."""
+    """The specialisation Triton would choose: ones and None are constants, multiples of 16 are known to be such."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, values[parameter.name]
         aligned = False
-        fixed = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        fixed = value is None or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize)
         if parameter.is_constexpr or fixed:
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, int) and parameter.do_not_specialize:
@@ -59,11 +60,12 @@ def source(kernel: JITFunction, values: dict[str, Any]) -> ASTSource:
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def attention_calls() -> None:
+def attention_calls(fp8: bool) -> None:
     from octavo_kernels.attention_triton import paged_attention_triton
 
-    def call(size: int, dtype: torch.dtype, heads: int = 8, **options: Any) -> None:
-        cache = torch.zeros(4, 2, 16, size, dtype=dtype)
+    def call(size: int, dtype: torch.dtype, heads: int = 8, cached: torch.dtype | None = None, **options: Any) -> None:
+        cache = torch.zeros(4, 2, 16, size, dtype=cached or dtype)
+        options["kv_scales"] = torch.ones(2, 2) if cached else None
         ints = torch.zeros(5, dtype=torch.int32)
         # sequences of both kinds and long enough for splits: the short kernel, the join and the long kernel
         paged_attention_triton(
@@ -73,16 +75,22 @@ def attention_calls() -> None:
         paged_attention_triton(
             torch.zeros(4, heads, size, dtype=dtype), cache, cache, torch.zeros(4, 32, dtype=torch.int32),
             ints, ints[:4], max_query_len=1, max_seq_len=32768, scale=0.1, shared_splits=ints[:1],
-            **{name: value for name, value in options.items() if name != "window"},
+            **{name: value for name, value in options.items() if name not in ("window", "alibi_slopes")},
         )  # fmt: skip
 
     for size in (64, 128, 256):
         call(size, torch.bfloat16)
         call(size, torch.float32)
     call(96, torch.float16, heads=6, window=100, soft_cap=50.0)
+    call(128, torch.bfloat16, alibi_slopes=torch.zeros(8))
+    if fp8:
+        for size, dtype in ((128, torch.bfloat16), (256, torch.bfloat16), (64, torch.float32)):
+            call(size, dtype, cached=torch.float8_e4m3fn)
+        options = {"window": 100, "soft_cap": 50.0, "alibi_slopes": torch.zeros(6)}
+        call(96, torch.float16, heads=6, cached=torch.float8_e4m3fn, **options)
 
 
-def layer_calls() -> None:
+def layer_calls(fp8: bool) -> None:
     from octavo_kernels.activation_triton import silu_and_mul_triton
     from octavo_kernels.norm_triton import fused_add_rms_norm_triton
     from octavo_kernels.rope_triton import rope_and_cache_triton
@@ -96,12 +104,13 @@ def layer_calls() -> None:
             fused_add_rms_norm_triton(x, x, x[0], 1e-6)
         silu_and_mul_triton(torch.zeros(4, 8192, dtype=dtype))
         for size, rotated in ((64, 64), (128, 32), (256, 256)):
-            cache = torch.zeros(4, 2, 16, size, dtype=dtype)
             longs, norm = torch.zeros(4, dtype=torch.int64), torch.zeros(size, dtype=dtype)
-            rope_and_cache_triton(
-                torch.zeros(4, 12 * size, dtype=dtype), torch.zeros(64, rotated), longs, longs, cache, cache, 8, 2,
-                q_norm=norm, k_norm=norm,
-            )  # fmt: skip
+            for cached, scales in ((dtype, None), (torch.float8_e4m3fn, torch.ones(2, 2)))[: 1 + fp8]:
+                cache = torch.zeros(4, 2, 16, size, dtype=cached)
+                rope_and_cache_triton(
+                    torch.zeros(4, 12 * size, dtype=dtype), torch.zeros(64, rotated), longs, longs, cache, cache, 8, 2,
+                    q_norm=norm, k_norm=norm, kv_scales=scales,
+                )  # fmt: skip
         for outputs, inputs in ((2048, 1536), (4096, 14336)):
             x, weight = torch.zeros(1, inputs, dtype=dtype), torch.zeros(outputs, inputs, dtype=dtype)
             row_linear_triton(x, weight, norm=x[0], eps=1e-6, gated=True)
@@ -112,7 +121,7 @@ def layer_calls() -> None:
     find_broken_triton(torch.zeros(8, 4096, dtype=torch.bfloat16), ints, ints[:4])
 
 
-def product_calls() -> None:
+def product_calls(fp8: bool) -> None:
     from octavo_kernels.invariant_triton import invariant_linear_triton
 
     tiles.multiprocessors = lambda device: 132  # type: ignore[assignment]
@@ -123,7 +132,7 @@ def product_calls() -> None:
     invariant_linear_triton(torch.zeros(4, 100), torch.zeros(100, 100))
 
 
-def sampling_calls() -> None:
+def sampling_calls(fp8: bool) -> None:
     from octavo_kernels.draw_triton import draw_tokens_triton
     from octavo_kernels.filter_triton import top_k_top_p_min_p_triton
     from octavo_kernels.gumbel_triton import gumbel_sample_triton
@@ -143,7 +152,7 @@ CALLS = {"attention": attention_calls, "layers": layer_calls, "products": produc
 def main(arch: int, group: str) -> None:
     tiles.architecture = lambda device: arch  # type: ignore[assignment]
     JITFunction.run = record  # type: ignore[method-assign]
-    CALLS[group]()
+    CALLS[group](fp8=arch >= 89)
     results, seen = [], set()
     for kernel, values, options in RECORDED:
         one = source(kernel, values)
@@ -156,6 +165,7 @@ def main(arch: int, group: str) -> None:
         results.append({
             "name": kernel.__name__, "constants": constants, "shared": compiled.metadata.shared,
             "warps": options.get("num_warps"), "cubin": len(compiled.asm["cubin"]),
+            "fp8": sorted(set(re.findall(r"[\w.]*e4m3[\w.]*", compiled.asm["ptx"]))),
         })  # fmt: skip
     print(json.dumps(results, default=str))
 

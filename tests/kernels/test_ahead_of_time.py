@@ -14,8 +14,12 @@ pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).with_name("ahead_of_time.py")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have, from the programming guide
-# 86 stands for the consumer chips, which share one set of small tiles; attention and products differ from sm_80's there
-CONSUMER = {86: 99 * 1024}
+# 89 stands for the consumer chips, which share one set of small tiles; attention and products differ from sm_80's there
+CONSUMER = {89: 99 * 1024}
+# Instructions on numbers of FP8, from compute capability 8.9 on: the attention kernels turn them into others before any
+# product, the one that writes the cache saturates.
+FP8 = {"attention": {"cvt.rn.f16x2.e4m3x2"}, "layers": {"cvt.rn.satfinite.e4m3x2.f32"}, "products": set(),
+       "sampling": set()}
 
 EXPECTED = {
     "attention": {"paged_attention_kernel", "join_splits_kernel", "shared_splits_kernel"},
@@ -51,6 +55,7 @@ def test_kernels_compile_and_fit(group: str) -> None:
         for kernel in kernels:
             assert kernel["cubin"] > 0
             assert kernel["shared"] <= limits[arch], (arch, kernel)
+        assert {name for kernel in kernels for name in kernel["fp8"]} == (FP8[group] if arch >= 89 else set()), arch
 
 
 def test_all_kernels_are_listed() -> None:

@@ -23,7 +23,7 @@ def batch(sequences, heads, kv_heads, size, block, dtype=torch.float32):
     return q, cache[0], cache[1], table, starts, lengths
 
 
-def by_sdpa(q, k_cache, v_cache, table, starts, lengths, scale, window):
+def by_sdpa(q, k_cache, v_cache, table, starts, lengths, scale, window, slopes=None):
     block, group = k_cache.shape[2], q.shape[1] // k_cache.shape[1]
     rows = []
     for b, length in enumerate(lengths.tolist()):
@@ -36,6 +36,9 @@ def by_sdpa(q, k_cache, v_cache, table, starts, lengths, scale, window):
             [p <= first + i and (window == 0 or first + i - p < window) for p in range(length)]
             for i in range(part.shape[1])
         ])  # fmt: skip
+        if slopes is not None:
+            steps = torch.arange(length)[None, :] - torch.arange(first, length)[:, None]
+            mask = (slopes[:, None, None] * steps).masked_fill(~mask, -torch.inf)
         k, v = (tensor.repeat_interleave(group, dim=0) for tensor in (k, v))
         rows.append(F.scaled_dot_product_attention(part, k, v, attn_mask=mask, scale=scale).transpose(0, 1))
     return torch.cat(rows)
@@ -50,6 +53,41 @@ def test_reference_is_torch_attention(heads, kv_heads, size, block, window) -> N
     arguments = batch(SEQUENCES, heads, kv_heads, size, block)
     expected = by_sdpa(*arguments, scale=0.2, window=window)
     actual = paged_attention(*arguments, max_query_len=16, max_seq_len=40, scale=0.2, window=window)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 9])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (7, 1)])
+def test_alibi_is_torch_attention_with_a_bias(heads, kv_heads, window) -> None:
+    arguments = batch(SEQUENCES, heads, kv_heads, 32, 8)
+    slopes = 2.0 ** -torch.arange(heads, dtype=torch.float32)
+    expected = by_sdpa(*arguments, scale=0.2, window=window, slopes=slopes)
+    actual = paged_attention(
+        *arguments, max_query_len=16, max_seq_len=40, scale=0.2, window=window, alibi_slopes=slopes
+    )  # fmt: skip
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_alibi_comes_after_the_soft_cap_by_hand() -> None:
+    q, k, v, table, starts, lengths = batch([(1, 2)], 1, 1, 2, 2)
+    keys, values = k[table[0, 0], 0], v[table[0, 0], 0]
+    scores = 3 * torch.tanh(4 * (keys @ q[0, 0]) / 3) + 0.7 * torch.tensor([-1.0, 0.0])
+    actual = paged_attention(
+        q, k, v, table, starts, lengths, max_query_len=1, max_seq_len=2, scale=4.0, soft_cap=3.0,
+        alibi_slopes=torch.tensor([0.7]),
+    )  # fmt: skip
+    torch.testing.assert_close(actual[0, 0], scores.softmax(0) @ values)
+
+
+def test_an_fp8_cache_is_its_numbers_times_the_scales() -> None:
+    q, k, v, table, starts, lengths = batch(SEQUENCES, 6, 2, 32, 8)
+    scales = torch.tensor([[0.3, 0.01], [1.7, 0.5]])
+    k8, v8 = ((c / s[:, None, None]).to(torch.float8_e4m3fn) for c, s in zip((k, v), scales, strict=True))
+    wide = [c.float() * s[:, None, None] for c, s in zip((k8, v8), scales, strict=True)]
+    expected = by_sdpa(q, *wide, table, starts, lengths, scale=0.2, window=0)
+    actual = paged_attention(
+        q, k8, v8, table, starts, lengths, max_query_len=16, max_seq_len=40, scale=0.2, kv_scales=scales
+    )  # fmt: skip
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 

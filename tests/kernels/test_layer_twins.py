@@ -1,5 +1,6 @@
 """The twins of norm, activation, rotary positions and step inputs against plain restatements, and refused arguments."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -119,8 +120,30 @@ def test_row_linear_is_the_operators_it_takes_the_place_of(bias) -> None:
     torch.testing.assert_close(gated, ok.silu_and_mul(plain) + residual)
 
 
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_an_fp8_cache_holds_quotients_by_the_scales(contiguous) -> None:
+    """Large ones saturate, a NaN stays; where nothing was written there are zeros still."""
+    keys, values = torch.tensor([[3.0, 1000.0], [-0.3, 50.0]]), torch.tensor([[-8.0, -1e30], [0.001, math.nan]])
+    qkv = torch.cat([torch.zeros(2, 2), keys, values], dim=1)
+    cos_sin = torch.tensor([[1.0, 0.0]])  # no rotation
+    both = torch.zeros(3, 2, 1, 4, 2, dtype=torch.float8_e4m3fn)
+    caches = both.unbind(1) if not contiguous else both.transpose(0, 1).contiguous().unbind(0)
+    scales = torch.tensor([[0.5], [0.01]])
+    zeros, slots = torch.zeros(2, dtype=torch.int64), torch.tensor([9, 2])
+    ok.rope_and_cache(qkv, cos_sin, zeros, slots, *caches, 1, 1, kv_scales=scales)
+    wanted = [[6.0, 448], [-0.6, 100.0]], [[-448, -448], [0.1, math.nan]]
+    for cache, expected in zip(caches, wanted, strict=True):
+        stored = cache.float()
+        assert stored.count_nonzero() == 4
+        torch.testing.assert_close(
+            torch.stack([stored[2, 0, 1], stored[0, 0, 2]]), torch.tensor(expected), atol=0, rtol=2.0**-4,
+            equal_nan=True,
+        )  # fmt: skip
+
+
 X = torch.zeros(2, 8)
 INTS, LONGS, CACHE = torch.zeros(3, dtype=torch.int32), torch.zeros(2, dtype=torch.int64), torch.zeros(1, 1, 16, 2)
+EIGHT_BITS = CACHE.to(torch.float8_e4m3fn)
 REFUSED = {
     "residual": lambda: ok.fused_add_rms_norm(X, X[:1], X[0], 1e-6),
     "weight": lambda: ok.fused_add_rms_norm(X, None, X[0, :4], 1e-6),
@@ -152,11 +175,22 @@ REFUSED = {
     "window": lambda: attend(window=-1),
     "shared_splits is for decoding": lambda: attend(window=4, shared_splits=INTS[:1]),
     "out has shape": lambda: attend(out=X),
+    "shared_splits is .* without ALiBi": lambda: attend(shared_splits=INTS[:1], alibi_slopes=torch.ones(4)),
+    "alibi_slopes has shape": lambda: attend(alibi_slopes=torch.ones(2)),
+    "alibi_slopes is torch.int64": lambda: attend(alibi_slopes=torch.ones(4, dtype=torch.int64)),
+    "kv_scales go with": lambda: attend(kv_scales=torch.ones(2, 2)),
+    "kv_scales go .* it is torch.float8": lambda: attend(cached=torch.float8_e4m3fn),
+    "kv_scales has shape": lambda: attend(cached=torch.float8_e4m3fn, kv_scales=torch.ones(2)),
+    "kv_scales must be contiguous": lambda: attend(cached=torch.float8_e4m3fn, kv_scales=torch.ones(2, 2).T),
+    "kv_scales is torch.float64": lambda: ok.rope_and_cache(
+        X, X[:, :2], LONGS, LONGS, EIGHT_BITS, EIGHT_BITS, 2, 1, kv_scales=torch.ones(2, 1, dtype=torch.float64)
+    ),
+    "it is torch.float8": lambda: ok.rope_and_cache(X, X[:, :2], LONGS, LONGS, EIGHT_BITS, EIGHT_BITS, 2, 1),
 }
 
 
-def attend(heads=4, table=INTS[:2, None], max_query_len=1, **options):
-    cache = torch.zeros(1, 2, 16, 8)
+def attend(heads=4, table=INTS[:2, None], max_query_len=1, cached=torch.float32, **options):
+    cache = torch.zeros(1, 2, 16, 8, dtype=cached)
     return ok.paged_attention(
         torch.zeros(2, heads, 8), cache, cache, table, INTS, INTS[:2], max_query_len=max_query_len, max_seq_len=4,
         scale=1.0, **options,

@@ -60,6 +60,20 @@ def make(device, sequences, heads=4, kv_heads=2, size=64, block=16, dtype=None, 
     return Batch(q.to(device), k, v, table.to(device), starts.to(device), lengths.to(device), counts)
 
 
+def in_fp8(batch: Batch) -> torch.Tensor:
+    """Store the batch's keys and values as FP8, with scales that differ widely between heads; returns those."""
+    kv_heads = batch.k.shape[1]
+    scales = (2.0 ** torch.randint(-1, 6, (2, kv_heads)) * (1 + torch.rand(2, kv_heads))).to(batch.k.device)
+    batch.k = (batch.k / scales[0][:, None, None]).to(torch.float8_e4m3fn)
+    batch.v = (batch.v / scales[1][:, None, None]).to(torch.float8_e4m3fn)
+    return scales
+
+
+def slopes(heads: int, device) -> torch.Tensor:
+    """Those of the paper, and one of a head that looks at what is near only."""
+    return torch.tensor([3.0, *(2.0 ** (-8 * (h + 1) / heads) for h in range(1, heads))], device=device)
+
+
 def compare(batch: Batch, **options) -> None:
     expected, actual = (
         batch.run(function, **options)[: sum(batch.counts)].float()
@@ -189,3 +203,50 @@ def test_long_prompts_that_come_whole_are_left_out_on_request(device) -> None:
     torch.testing.assert_close(out.float(), expected.float(), atol=1e-2, rtol=2e-2)
     twin = batch.run(paged_attention_reference, longest_fresh=40)
     assert not twin[left].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [64, 96, 128, 256])
+def test_fp8_cache(device, size, dtype) -> None:
+    batch = make(device, [*MIXED, (1, 600)], size=size, dtype=dtype, padding=3)
+    compare(batch, kv_scales=in_fp8(batch))
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 1.5])
+@pytest.mark.parametrize("window", [0, 33])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 1)])
+def test_fp8_cache_with_window_and_soft_cap(device, heads, kv_heads, window, soft_cap) -> None:
+    batch = make(device, [(1, 350), (40, 100), (6, 290)], heads=heads, kv_heads=kv_heads)
+    compare(batch, kv_scales=in_fp8(batch), window=window, soft_cap=soft_cap)
+
+
+def test_keys_in_common_of_an_fp8_cache_change_nothing(device) -> None:
+    batch = make(device, [(1, 200 + 7 * n) for n in range(20)])
+    batch.table[:, : 192 // 16] = batch.table[0, : 192 // 16]
+    options = {"kv_scales": in_fp8(batch), "max_seq_len": 64 * tiles.MAX_SPLITS, "min_split": 64}
+    compare(batch, shared_splits=torch.tensor([3], dtype=torch.int32, device=device), **options)
+    plain = batch.run(paged_attention_triton, **options)
+    for parts in (3, 0):
+        shared = torch.tensor([parts], dtype=torch.int32, device=device)
+        found = batch.run(paged_attention_triton, shared_splits=shared, **options)
+        if device.type == "cuda":
+            assert torch.equal(found, plain)
+        else:
+            torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("soft_cap", [0.0, 1.5])
+@pytest.mark.parametrize("window", [0, 7, 300])
+def test_alibi(device, window, soft_cap, fp8) -> None:
+    """Sequences in one split, in several, and in tiles of queries; the first keys of the last are seen whole."""
+    batch = make(device, [(1, 20), (1, 600), (40, 100), (6, 290), (0, 30)], heads=6, kv_heads=2, padding=2)
+    scales = in_fp8(batch) if fp8 else None
+    options = {"window": window, "soft_cap": soft_cap, "kv_scales": scales}
+    compare(batch, alibi_slopes=slopes(6, device), **options)
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_alibi_for_groups_of_heads(device, group) -> None:
+    batch = make(device, [(1, 50), (4, 33), (21, 40)], heads=2 * group, kv_heads=2)
+    compare(batch, alibi_slopes=slopes(2 * group, device))

@@ -106,6 +106,51 @@ def test_rope_and_cache_passes_values_through_whatever_they_hold(device) -> None
     assert (k_cache == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "rotated"), [(64, 64), (80, 48), (256, 256)])
+def test_rope_and_fp8_cache(device, size, rotated, dtype) -> None:
+    """Stored are the quotients by each head's scale, rounded to even and never beyond 448. A sum in another order may
+    turn a rotated key to a neighbouring number of FP8; a value has no such excuse."""
+    tokens, heads, kv_heads, block = 40, 3, 3, 16
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * size).to(device, dtype)
+    qkv[3, ::2], qkv[4, -1], qkv[4, -2] = 1e5, float("inf"), -float("inf")
+    angles = torch.rand(50, rotated // 2) * 6
+    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1).to(device)
+    positions = torch.randint(0, 50, (tokens,), device=device)
+    slots = torch.randperm(4 * block)[:tokens].to(device)
+    slots[7] = -1
+    scales = torch.tensor([[0.01, 0.5, 3e-4], [2.0**-7, 1.0, 2.0**-9]], device=device)
+    results = []
+    for function in (rope_and_cache_reference, rope_and_cache_triton):
+        k_cache, v_cache = torch.zeros(2, 4, kv_heads, block, size, dtype=torch.float8_e4m3fn, device=device)
+        q = function(qkv, cos_sin, positions, slots, k_cache, v_cache, heads, kv_heads, kv_scales=scales)
+        results.append((q, k_cache, v_cache))
+    (expected_q, expected_k, expected_v), (q, k, v) = results
+    ordinary = [n for n in range(tokens) if n not in (3, 4)]
+    close(q[ordinary], expected_q[ordinary])
+    assert torch.equal(v.view(torch.uint8), expected_v.view(torch.uint8))
+    assert (k.view(torch.uint8) != expected_k.view(torch.uint8)).float().mean() < 0.01
+    torch.testing.assert_close(k.float(), expected_k.float(), atol=2.0**-9, rtol=2.0**-3)
+    assert k.float().abs().max() == v.float().abs().max() == 448
+    heads_of = qkv.view(tokens, -1, size)[:, heads + kv_heads :].float()
+    plain = (heads_of / scales[1][:, None]).clamp(-448, 448)
+    written = slots >= 0
+    stored = v[slots[written] // block, :, slots[written] % block].float()
+    torch.testing.assert_close(stored, plain[written], atol=2.0**-10, rtol=2.0**-4)
+
+
+def test_a_nan_stays_one_in_an_fp8_cache(device) -> None:
+    """Or nobody would find out that a sequence is broken."""
+    qkv = torch.ones(1, 3 * 16, device=device)
+    qkv[0, 16], qkv[0, 40] = NAN, NAN
+    k_cache, v_cache = torch.zeros(2, 1, 1, 16, 16, dtype=torch.float8_e4m3fn, device=device)
+    one = torch.tensor([1], device=device)
+    scales = torch.ones(2, 1, device=device)
+    rope_and_cache_triton(qkv, torch.ones(4, 16, device=device), one, one, k_cache, v_cache, 1, 1, kv_scales=scales)
+    assert k_cache[0, 0, 1].isnan().nonzero().flatten().tolist() == [0, 8]
+    assert v_cache[0, 0, 1].isnan().nonzero().flatten().tolist() == [8]
+
+
 @pytest.mark.parametrize("padding", [0, 5, 300])
 @pytest.mark.parametrize("counts", [[1], [1, 1, 1, 1], [3, 0, 70, 1, 0, 0, 200, 1], [0, 0, 2, 0], [0], []])
 def test_step_inputs(device, counts, padding) -> None:
