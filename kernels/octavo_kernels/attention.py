@@ -27,6 +27,7 @@ def paged_attention(
     min_split: int = tiles.MIN_SPLIT,
     kv_scales: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    invariant: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of new tokens to all tokens of their own sequence, whose KV is in the cache already.
@@ -58,6 +59,9 @@ def paged_attention(
         kv_scales: `[2, KH]` fp32, for caches of float8_e4m3fn: what their keys and values are to be multiplied with.
         alibi_slopes: `[H]` fp32: `slope * (position(k) - position(q))` is added to a head's scores, after the soft cap
             and before the mask. Not with `shared_splits`.
+        invariant: what a query gets depends on itself, the keys that it sees and `min_split` only, bit for bit: not on
+            how many new tokens its sequence brings. For up to `min_split * tiles.MAX_SPLITS` tokens each. Slower; not
+            with `shared_splits`.
         out: `[T, H, D]` to receive the result.
 
     Returns:
@@ -94,6 +98,8 @@ def paged_attention(
         check.vector("shared_splits", shared_splits, 1, torch.int32)
         if window > 0 or max_query_len > 1 or alibi_slopes is not None:
             raise ValueError("shared_splits is for decoding without a window and without ALiBi")
+    if invariant and (shared_splits is not None or max_seq_len > min_split * tiles.MAX_SPLITS):
+        raise ValueError(f"invariant is for up to {tiles.MAX_SPLITS} splits of min_split keys, without shared_splits")
     if alibi_slopes is not None:
         check.vector("alibi_slopes", alibi_slopes, heads, torch.float32)
     if out is not None:
@@ -106,7 +112,7 @@ def paged_attention(
         q, k_cache, v_cache, block_table, query_start, seq_lens,
         max_query_len=max_query_len, max_seq_len=max_seq_len, scale=scale, window=window, soft_cap=soft_cap,
         longest_fresh=longest_fresh, shared_splits=shared_splits, min_split=min_split,
-        kv_scales=kv_scales, alibi_slopes=alibi_slopes, out=out,
+        kv_scales=kv_scales, alibi_slopes=alibi_slopes, invariant=invariant, out=out,
     )  # fmt: skip
 
 
@@ -128,6 +134,7 @@ def paged_attention_reference(
     min_split: int = tiles.MIN_SPLIT,
     kv_scales: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    invariant: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The twin of `paged_attention`; same arguments, same result. One sequence at a time, in fp32: made to be right."""

@@ -34,6 +34,21 @@ def first_visible_key(position, window, BLOCK_N: tl.constexpr, WINDOWED: tl.cons
 
 
 @triton.jit
+def splits_of(first_key, length, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, INVARIANT: tl.constexpr):
+    """Of a sequence whose visible keys are `first_key .. length`: where split 0 would begin, keys in a split, the first
+    split and the one after the last."""
+    if INVARIANT:  # the same for every query of a sequence
+        base = 0
+        size = MIN_SPLIT
+        first = first_key // size
+    else:
+        base = first_key
+        size = split_size(length - first_key, MIN_SPLIT, MAX_SPLITS)
+        first = first_key * 0
+    return base, size, first, tl.cdiv(length - base, size)
+
+
+@triton.jit
 def _attend_tile(
     q, acc, top, total, start, end, position, k_head, v_head, blocks, stride_block, stride_slot,
     window, scale, cap, slope,
@@ -98,6 +113,7 @@ def attend(
     window, scale, cap, slope, v_scale,
     BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    INVARIANT: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of queries to keys `first_key .. end`: weighted sum, top score, total weight.
 
@@ -107,7 +123,9 @@ def attend(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     masked_from = first_key
-    if not WINDOWED:  # tiles which the first query sees whole need no mask
+    # Tiles which the first query sees whole need no mask. But which ones these are depends on the queries beside it,
+    # and the compiler may round differently where there is no mask between a product and a sum.
+    if not WINDOWED and not INVARIANT:
         whole = tl.maximum(tl.minimum(end, first_position + 1) - first_key, 0) // BLOCK_N * BLOCK_N
         masked_from = first_key + whole
         for start in range(first_key, masked_from, BLOCK_N):
@@ -125,3 +143,17 @@ def attend(
     if v_scale is not None:
         acc *= v_scale
     return acc, top, total
+
+
+@triton.jit
+def join_split(acc, top, total, part_acc, part_top, part_total):
+    """Add one more split to the sum of those before it. The same operations wherever it stands, to the bit: without
+    `fma` the compiler would choose which of the products is rounded."""
+    new_top = tl.maximum(top, part_top)
+    anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
+    fade, weight = tl.exp2(top - anchor), tl.exp2(part_top - anchor)
+    total = tl.fma(total, fade, part_total * weight)
+    if len(acc.shape) == 2:
+        fade, weight = fade[:, None], weight[:, None]
+    acc = tl.fma(acc, tl.broadcast_to(fade, acc.shape), part_acc * weight)
+    return acc, new_top, total

@@ -14,6 +14,9 @@ sequences' queries, which read the keys once; sums and order are those of the ot
 A step with both kinds launches both, and each launch passes over the other's sequences. So which way a sequence goes,
 its splits and its tiles follow from its own numbers, `min_split` and the chip, and its result is the same in every
 batch. How many programs share the splits of a sequence does depend on the batch, as that changes no bit.
+
+On request (`invariant`) both ways give the same, to the bit: tiles are the same, splits begin at multiples of their
+size, and a long sequence joins them as it walks along.
 """
 
 # mypy: disallow-incomplete-defs=False
@@ -27,7 +30,7 @@ import triton.language as tl
 
 from octavo_kernels import tiles
 from octavo_kernels._dispatch import INTERPRETED, launches_early
-from octavo_kernels.attention_tile_triton import LOG2E, attend, first_visible_key, split_size
+from octavo_kernels.attention_tile_triton import LOG2E, attend, first_visible_key, join_split, splits_of
 
 NO_LIMIT = 2**31 - 1
 
@@ -44,7 +47,7 @@ def paged_attention_kernel(
     GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHORT: tl.constexpr, SHORT_QUERY: tl.constexpr,
     MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr, SHARED: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr, SHARED: tl.constexpr, INVARIANT: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -103,37 +106,47 @@ def paged_attention_kernel(
     if alibi_slopes is not None:
         slope = tl.load(alibi_slopes + head, mask=live, other=0.0) * LOG2E
 
+    first_key = first_visible_key(first_position, window, BLOCK_N, WINDOWED)
     if SHORT:
-        first_key = first_visible_key(length - count, window, BLOCK_N, WINDOWED)
-        span = length - first_key
-        size = split_size(span, MIN_SPLIT, MAX_SPLITS)
-        splits = tl.cdiv(span, size)
+        base, size, first_split, end_split = splits_of(first_key, length, MIN_SPLIT, MAX_SPLITS, INVARIANT)
         done = 0
         if SHARED:
             done = tl.load(shared)
-        for split in range(done + tl.program_id(2), splits, tl.num_programs(2)):
-            start = first_key + split * size
+        for split in range(first_split + done + tl.program_id(2), end_split, tl.num_programs(2)):
+            start = base + split * size
             acc, top, total = attend(
-                queries, start, tl.minimum(start + size, end), first_position, position,
+                queries, tl.maximum(start, first_key), tl.minimum(start + size, end), first_position, position,
                 k_head, v_head, blocks, stride_block, stride_slot, window, scale, cap, slope, v_scale,
-                BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWED, CAPPED, PRECISION, WIDE,
+                BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWED, CAPPED, PRECISION, WIDE, INVARIANT,
             )  # fmt: skip
-            if splits == 1:
+            if end_split - first_split == 1:
                 result = acc / tl.where(total == 0, 1.0, total)[:, None]
                 tl.store(out_at, result.to(out.dtype.element_ty), mask=kept)
             else:
                 heads = tl.num_programs(1) * GROUP
-                place = ((b * token_slots + token).to(tl.int64) * heads + head) * split_slots + split
+                place = ((b * token_slots + token).to(tl.int64) * heads + head) * split_slots + split - first_split
                 tl.store(part_acc + place[:, None] * HEAD_SIZE + column[None, :], acc, mask=kept)
                 tl.store(part_top + place, top, mask=live)
                 tl.store(part_total + place, total, mask=live)
     else:
-        first_key = first_visible_key(first_position, window, BLOCK_N, WINDOWED)
-        acc, top, total = attend(
-            queries, first_key, end, first_position, position,
-            k_head, v_head, blocks, stride_block, stride_slot, window, scale, cap, slope, v_scale,
-            BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWED, CAPPED, PRECISION, WIDE,
-        )  # fmt: skip
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        if INVARIANT:
+            for split in range(first_key // MIN_SPLIT, tl.cdiv(end, MIN_SPLIT)):
+                start = split * MIN_SPLIT
+                more, more_top, more_total = attend(
+                    queries, tl.maximum(start, first_key), tl.minimum(start + MIN_SPLIT, end), first_position, position,
+                    k_head, v_head, blocks, stride_block, stride_slot, window, scale, cap, slope, v_scale,
+                    BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWED, CAPPED, PRECISION, WIDE, INVARIANT,
+                )  # fmt: skip
+                acc, top, total = join_split(acc, top, total, more, more_top, more_total)
+        else:
+            acc, top, total = attend(
+                queries, first_key, end, first_position, position,
+                k_head, v_head, blocks, stride_block, stride_slot, window, scale, cap, slope, v_scale,
+                BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWED, CAPPED, PRECISION, WIDE, INVARIANT,
+            )  # fmt: skip
         result = acc / tl.where(total == 0, 1.0, total)[:, None]
         tl.store(out_at, result.to(out.dtype.element_ty), mask=kept)
 
@@ -171,7 +184,7 @@ def shared_splits_kernel(
         tl.load(q_at, mask=kept, other=0), start, start + MIN_SPLIT, start + MIN_SPLIT, row * 0 + start + MIN_SPLIT,
         k_cache + kv_head.to(tl.int64) * stride_head, v_cache + kv_head.to(tl.int64) * stride_head, block_table,
         stride_block, stride_slot, 0, scale, cap, None, v_scale,
-        BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, False, CAPPED, PRECISION, WIDE,
+        BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, False, CAPPED, PRECISION, WIDE, False,
     )  # fmt: skip
     place = (b.to(tl.int64) * tl.num_programs(1) * GROUP + head) * split_slots + split
     tl.store(part_acc + place[:, None] * HEAD_SIZE + column[None, :], acc, mask=kept)
@@ -185,7 +198,7 @@ def join_splits_kernel(
     token_slots, split_slots, out_stride_token, out_stride_head, window,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SHORT_QUERY: tl.constexpr,
     MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, TOGETHER: tl.constexpr, WINDOWED: tl.constexpr,
-    EARLY: tl.constexpr,
+    EARLY: tl.constexpr, INVARIANT: tl.constexpr,
 ):  # fmt: skip
     """Join the splits of one query token and head, in their order: the result does not depend on the batch."""
     if EARLY:
@@ -199,32 +212,45 @@ def join_splits_kernel(
     if (token >= count) | (count > SHORT_QUERY):
         return
     length = tl.load(seq_lens + b)
-    span = length - first_visible_key(length - count, window, BLOCK_N, WINDOWED)
-    splits = tl.cdiv(span, split_size(span, MIN_SPLIT, MAX_SPLITS))
+    first_key = first_visible_key(length - count, window, BLOCK_N, WINDOWED)
+    _, _, first_split, end_split = splits_of(first_key, length, MIN_SPLIT, MAX_SPLITS, INVARIANT)
+    splits = end_split - first_split
     if splits <= 1:
         return
     place = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head) * split_slots
-    split = tl.arange(0, MAX_SPLITS)
-    top = tl.load(part_top + place + split, mask=split < splits, other=float("-inf"))
-    anchor = tl.max(top, axis=0)
-    total = tl.sum(tl.exp2(top - anchor) * tl.load(part_total + place + split, mask=split < splits, other=0), axis=0)
     column = tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(0, splits, TOGETHER):
-        s = first + tl.arange(0, TOGETHER)
-        exists = s < splits
-        weight = tl.exp2(tl.load(part_top + place + s, mask=exists, other=float("-inf")) - anchor)
-        part = part_acc + (place + s)[:, None] * HEAD_SIZE + column[None, :]
-        values = tl.load(part, mask=exists[:, None] & (column < HEAD_SIZE)[None, :], other=0)
-        acc += tl.sum(weight[:, None] * values, axis=0)
+    if INVARIANT:
+        top = tl.full([], float("-inf"), tl.float32)
+        total = tl.full([], 0.0, tl.float32)
+        for s in range(0, splits):
+            values = tl.load(part_acc + (place + s) * HEAD_SIZE + column, mask=column < HEAD_SIZE, other=0)
+            part_tops, part_totals = tl.load(part_top + place + s), tl.load(part_total + place + s)
+            acc, top, total = join_split(acc, top, total, values, part_tops, part_totals)
+    else:
+        split = tl.arange(0, MAX_SPLITS)
+        tops = tl.load(part_top + place + split, mask=split < splits, other=float("-inf"))
+        totals = tl.load(part_total + place + split, mask=split < splits, other=0)
+        anchor = tl.max(tops, axis=0)
+        total = tl.sum(tl.exp2(tops - anchor) * totals, axis=0)
+        for first in range(0, splits, TOGETHER):
+            s = first + tl.arange(0, TOGETHER)
+            exists = s < splits
+            weight = tl.exp2(tl.load(part_top + place + s, mask=exists, other=float("-inf")) - anchor)
+            part = part_acc + (place + s)[:, None] * HEAD_SIZE + column[None, :]
+            values = tl.load(part, mask=exists[:, None] & (column < HEAD_SIZE)[None, :], other=0)
+            acc += tl.sum(weight[:, None] * values, axis=0)
     out_at = out + (begin + token).to(tl.int64) * out_stride_token + head * out_stride_head + column
-    tl.store(out_at, (acc / total).to(out.dtype.element_ty), mask=column < HEAD_SIZE)
+    result = acc / tl.where(total == 0, 1.0, total)
+    tl.store(out_at, result.to(out.dtype.element_ty), mask=column < HEAD_SIZE)
 
 
 def _split_slots(max_seq_len: int, window: int, block_n: int, min_split: int) -> int:
-    """The most splits a short sequence of this batch can have."""
-    span = max_seq_len if window <= 0 else min(max_seq_len, window + tiles.SHORT_QUERY + block_n)
-    return min(tiles.MAX_SPLITS, triton.cdiv(span, min_split))
+    """The most splits a short sequence of this batch can have. In a window they begin anywhere."""
+    splits = triton.cdiv(max_seq_len, min_split)
+    if window > 0:
+        splits = min(splits, triton.cdiv(window + tiles.SHORT_QUERY + block_n, min_split) + 1)
+    return min(tiles.MAX_SPLITS, splits)
 
 
 def paged_attention_triton(
@@ -245,6 +271,7 @@ def paged_attention_triton(
     min_split: int = tiles.MIN_SPLIT,
     kv_scales: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    invariant: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`attention.paged_attention` without its checks. Raises `ValueError` for a head size above 256."""
@@ -262,7 +289,7 @@ def paged_attention_triton(
     for short in (True, False):
         if not short and max_query_len <= tiles.SHORT_QUERY:
             break
-        tile = tiles.attention_tiles(tiles.architecture(device), block_d, itemsize, group, short)
+        tile = tiles.attention_tiles(tiles.architecture(device), block_d, itemsize, group, short and not invariant)
         block_q = tile.block_m // group
         token_slots = min(tiles.SHORT_QUERY, max_query_len)
         tiles_each, split_slots, programs = 1, 1, 1
@@ -302,7 +329,7 @@ def paged_attention_triton(
             GROUP=group, BLOCK_SIZE=k_cache.shape[2], HEAD_SIZE=head_size, BLOCK_D=block_d,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SHORT=short, SHORT_QUERY=tiles.SHORT_QUERY,
             MIN_SPLIT=min_split, MAX_SPLITS=tiles.MAX_SPLITS, WINDOWED=window > 0, CAPPED=soft_cap > 0,
-            PRECISION=precision, WIDE=INTERPRETED, EARLY=early, SHARED=shares,
+            PRECISION=precision, WIDE=INTERPRETED, EARLY=early, SHARED=shares, INVARIANT=invariant,
             num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=early,
         )  # fmt: skip
         if split_slots > 1:
@@ -311,6 +338,6 @@ def paged_attention_triton(
                 token_slots, split_slots, out.stride(0), out.stride(1), window,
                 HEAD_SIZE=head_size, BLOCK_D=block_d, BLOCK_N=tile.block_n, SHORT_QUERY=tiles.SHORT_QUERY,
                 MIN_SPLIT=min_split, MAX_SPLITS=tiles.MAX_SPLITS, TOGETHER=tiles.JOINED, WINDOWED=window > 0,
-                EARLY=early, num_warps=tiles.JOIN_WARPS, launch_pdl=early,
+                EARLY=early, INVARIANT=invariant, num_warps=tiles.JOIN_WARPS, launch_pdl=early,
             )  # fmt: skip
     return out

@@ -72,6 +72,8 @@ def attention_calls(fp8: bool) -> None:
             torch.zeros(64, heads, size, dtype=dtype), cache, cache, torch.zeros(4, 32, dtype=torch.int32),
             ints, ints[:4], max_query_len=32, max_seq_len=32768, scale=0.1, **options,
         )  # fmt: skip
+        if options.get("invariant"):
+            return
         paged_attention_triton(
             torch.zeros(4, heads, size, dtype=dtype), cache, cache, torch.zeros(4, 32, dtype=torch.int32),
             ints, ints[:4], max_query_len=1, max_seq_len=32768, scale=0.1, shared_splits=ints[:1],
@@ -83,6 +85,8 @@ def attention_calls(fp8: bool) -> None:
         call(size, torch.float32)
     call(96, torch.float16, heads=6, window=100, soft_cap=50.0)
     call(128, torch.bfloat16, alibi_slopes=torch.zeros(8))
+    for size in (64, 128, 256):
+        call(size, torch.bfloat16, invariant=True, min_split=1024)
     if fp8:
         for size, dtype in ((128, torch.bfloat16), (256, torch.bfloat16), (64, torch.float32)):
             call(size, dtype, cached=torch.float8_e4m3fn)

@@ -250,3 +250,57 @@ def test_alibi(device, window, soft_cap, fp8) -> None:
 def test_alibi_for_groups_of_heads(device, group) -> None:
     batch = make(device, [(1, 50), (4, 33), (21, 40)], heads=2 * group, kv_heads=2)
     compare(batch, alibi_slopes=slopes(2 * group, device))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 100}, {"soft_cap": 3.0}, {"slopes": True, "window": 70}, {"fp8": True}], ids=str
+)
+@pytest.mark.parametrize("shape", [(4, 2, 64), (3, 1, 96), (2, 1, 128)], ids=str)
+def test_invariant_queries_are_the_same_in_steps_of_any_size(device, shape, options) -> None:
+    """Decoded one by one, in chunks that begin anywhere, all at once, alone and in a batch: the same bits on a GPU. The
+    interpreter's products are numpy's."""
+    heads, kv_heads, size = shape
+    total = 900 if device.type == "cuda" else 150
+    split = 256 if device.type == "cuda" else 32
+    batch = make(device, [(total, total), (7, 40), (1, 70)], heads=heads, kv_heads=kv_heads, size=size)
+    kinds = {name: value for name, value in options.items() if name not in ("slopes", "fp8")}
+    kinds |= {"min_split": split, "invariant": True}
+    if "slopes" in options:
+        kinds["alibi_slopes"] = slopes(heads, device)
+    if "fp8" in options:
+        kinds["kv_scales"] = in_fp8(batch)
+    expected = batch.run(paged_attention_reference, **kinds)
+    whole = batch.run(paged_attention_triton, **kinds)
+    tolerance = 1e-4 if device.type == "cpu" else 2e-2
+    torch.testing.assert_close(whole.float(), expected.float(), atol=tolerance, rtol=tolerance)
+    ends = [*range(1, 4), *range(50, total + 1, 37), total]
+    steps = [(1, end) for end in ends] + [(17, 21), (30, 130), (64, 150), (5, split + 1), (100, total - 7)]
+    if device.type == "cpu":
+        steps = steps[::3]
+    q, table = batch.q[:total], batch.table[:1]
+    for together in ([step] for step in steps), (steps[at : at + 9] for at in range(0, len(steps), 9)):
+        for group in together:
+            rows = [slice(end - count, end) for count, end in group]
+            counts = [count for count, _ in group]
+            starts = torch.tensor([0, *counts]).cumsum(0).to(device, torch.int32)
+            lengths = torch.tensor([end for _, end in group], dtype=torch.int32, device=device)
+            part = Batch(
+                torch.cat([q[row] for row in rows]), batch.k, batch.v, table.expand(len(group), -1).contiguous(),
+                starts, lengths, counts,
+            )  # fmt: skip
+            found = part.run(paged_attention_triton, max_seq_len=total, **kinds)
+            wanted = torch.cat([whole[:total][row] for row in rows])
+            if device.type == "cuda":
+                assert torch.equal(found, wanted), group
+            else:
+                torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_invariant_has_limits(device) -> None:
+    from octavo_kernels import paged_attention
+
+    batch = make(device, [(1, 40), (1, 30)])
+    with pytest.raises(ValueError, match="32 splits"):
+        batch.run(paged_attention, invariant=True, min_split=16, max_seq_len=513)
+    with pytest.raises(ValueError, match="without shared_splits"):
+        batch.run(paged_attention, invariant=True, shared_splits=batch.starts[:1])
