@@ -49,9 +49,10 @@ class EngineConfig:
     num_blocks: int | None = None
     """Blocks in the KV cache, instead of a share of the memory."""
     kv_cache_memory: int | None = None
-    """Bytes for the KV cache, instead of a share of the memory."""
+    """Bytes for the KV cache, instead of a share of the memory. As many blocks as go into them."""
     gpu_memory_utilization: float | None = None
-    """Share (0..1] of the device's memory (of the RAM, on the CPU) for weights and KV cache together.
+    """Share (0..1] of the device's memory for everything of this engine: on a GPU also what steps, recorded steps and
+    the process's context take; on the CPU weights and KV cache, beside what is in use already.
     Default: enough for `max_num_seqs` sequences of moderate length, and at most half of what is free."""
     max_num_seqs: int | None = None
     """Sequences that run at once. Default 256 on a GPU, 64 on the CPU."""

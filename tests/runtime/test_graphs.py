@@ -16,6 +16,7 @@ from octavo import SamplingParams
 from octavo.execute.context import ForwardContext
 from octavo.execute.graphed_runner import GraphedRunner
 from octavo.execute.graphs import Shape, sizes_up_to, token_sizes_up_to
+from poison_cases import mixed_batches
 from tiny_models import FAMILIES, GraphedParts, Parts, make_model
 
 KINDS: list[dict[str, Any]] = [
@@ -134,6 +135,15 @@ def test_a_broken_request_fails_alone(tmp_path: Path) -> None:
     assert [driver.tokens[request.request_id, 0] for request in made] == wanted
     assert set(driver.errors) == {(request.request_id, 0) for request in bad}
     assert all("not finite" in str(error) for error in driver.errors.values())
+
+
+@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize("family", ["llama-head-dim", "mistral-window"])
+def test_what_nobody_owns_is_never_read(family: str, caching: bool, tmp_path: Path) -> None:
+    parts = GraphedParts(make_model(family, tmp_path), torch.float32)
+    cores = [parts.core(num_blocks=200, budget=64, depth=1, caching=caching) for _ in range(2)]
+    clean, poisoned = (mixed_batches(core, poisoned=core is cores[1]) for core in cores)
+    assert poisoned == clean
 
 
 def test_a_step_that_is_too_long_for_the_graphs_runs_operator_by_operator(tmp_path: Path) -> None:

@@ -205,4 +205,4 @@ def core_of(path: Path, **settings: Any) -> EngineCore:
     config = EngineConfig(model=str(path), **settings)
     files = resolve(config.model)
     model_config = load_config(files)
-    return build_core(config, files, model_config, resolve_settings(config, files, model_config))
+    return build_core(config, files, model_config, resolve_settings(config, files, model_config))[0]

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from octavo.config import EngineConfig
+from octavo.engine.core import EngineCore
 from octavo.engine.service import EngineService
 from octavo.host_memory import collector_paused, memory_goes_back
 from octavo.models.config import ModelConfig, load_config
@@ -113,10 +114,13 @@ def _start(config: EngineConfig, progress: Progress | None) -> Engine:
         from octavo.execute.packing import held_weights
 
         resolved = resolve_settings(config, files, model_config)
-        service = EngineService(
-            lambda: build_core(config, files, model_config, resolved, progress),
-            max_queued_requests=config.max_queued_requests,
-        )
+
+        def make_core() -> EngineCore:
+            nonlocal resolved
+            core, resolved = build_core(config, files, model_config, resolved, progress)
+            return core
+
+        service = EngineService(make_core, max_queued_requests=config.max_queued_requests)
         checked = background.submit(lambda: tokenizer.result().check_against(model_config))
         service.start()
         try:

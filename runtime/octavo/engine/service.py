@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -179,6 +180,9 @@ class EngineService:
             self._core = self._make_core()
         except BaseException as error:
             self._failure = error
+            # or what was made so far would live as long as the error, which its caller may keep
+            traceback.clear_frames(error.__traceback__)
+            give_back_memory()
             return
         finally:
             self._ready.set()

@@ -1,13 +1,14 @@
-"""From settings to a running core: picks device and dtype, loads the weights, sizes the KV cache. Runs on the engine's
-thread."""
+"""From settings to a running core: picks device and dtype, loads the weights, makes the KV cache and all around it.
+Runs on the engine's thread."""
 
 from __future__ import annotations
 
 import math
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from octavo_kernels.cpu.compiler import keep_objects_in
@@ -28,9 +29,18 @@ from octavo.execute.graphs import CudaRecorder, StepGraphs
 from octavo.execute.model import Model
 from octavo.execute.packing import choose_packing, held_weights
 from octavo.execute.runner import Runner
+from octavo.execute.sizing import (
+    Card,
+    Sizes,
+    blocks_in_ram,
+    blocks_on_gpu,
+    ran_out,
+    ran_out_while_starting,
+    usable_length,
+)
 from octavo.execute.table import RowTable
-from octavo.host import free_memory, usable_cores
-from octavo.host_memory import zero_pages
+from octavo.host import usable_cores
+from octavo.host_memory import give_back_memory, zero_pages
 from octavo.models.cache import cache_dir
 from octavo.models.config import ModelConfig
 from octavo.models.llama_packed import PackedLlama, ProgramAttention
@@ -38,9 +48,6 @@ from octavo.models.loader import load_model
 from octavo.models.packed_weights import RECIPES, Packing, load_packed, noise_recipe
 from octavo.models.sources import ModelFiles
 from octavo.models.weights import open_dummy, open_weights
-
-TOKENS_PER_SEQUENCE = 1024
-"""The default KV cache holds so many tokens for each of `max_num_seqs` sequences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +64,35 @@ class Resolved:
     depth: int
     packing: Packing | None = None
     """How weights are packed, where steps run as programs of CPU kernels."""
+    sizes: Sizes | None = None
+    """On a GPU: by which the cache is sized again when the weights are loaded."""
+
+
+Progress = Callable[[str, int, int | None], None]
 
 
 def build_core(
     config: EngineConfig, files: ModelFiles, model_config: ModelConfig, resolved: Resolved,
-    progress: Callable[[str, int, int | None], None] | None = None,
-) -> EngineCore:  # fmt: skip
-    """Load the model and put an engine around it."""
+    progress: Progress | None = None,
+) -> tuple[EngineCore, Resolved]:  # fmt: skip
+    """Load the model and put an engine around it. Also returns what the size of the cache became. Raises `ConfigError`
+    where the memory of a GPU does not suffice; then nothing of what was made is left."""
+    try:
+        return _build(config, files, model_config, resolved, progress)
+    except RuntimeError as error:
+        if resolved.sizes is None or not ran_out(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold what was made so far
+    give_back_memory()
+    weights = held_weights(model_config, resolved.packing, resolved.dtype).bytes
+    raise ran_out_while_starting(config, resolved.sizes, weights, resolved.num_blocks, Card.of(resolved.device))
+
+
+def _build(
+    config: EngineConfig, files: ModelFiles, model_config: ModelConfig, resolved: Resolved, progress: Progress | None
+) -> tuple[EngineCore, Resolved]:
     threads = limit_torch_threads()
     keep_objects_in(cache_dir() / "kernels")
-    kv = _kv_cache(model_config, resolved)
     model: Model
     attention: AttentionBackend
     turns: AbstractContextManager[None] = nullcontext()
@@ -75,6 +101,7 @@ def build_core(
         with open_dummy() if dummy else open_weights(files, model_config) as reader:
             recipe = noise_recipe(resolved.packing) if dummy else RECIPES[resolved.packing](reader)
             weights = load_packed(reader, model_config, recipe, progress)
+        kv = _kv_cache(model_config, resolved)
         with torch.inference_mode():
             model = PackedLlama(
                 model_config, weights, kv, max_len=resolved.max_model_len, max_tokens=resolved.max_num_batched_tokens,
@@ -83,11 +110,15 @@ def build_core(
         attention = ProgramAttention()
         turns = Turn(PROCESS_CORES, threads)
     else:
+        before = None if resolved.sizes is None else Card.of(resolved.device)
         model = load_model(
             files, model_config, load_format=config.load_format, max_len=resolved.max_model_len, dtype=resolved.dtype,
             device=resolved.device, progress=progress,
         )  # fmt: skip
         attention = attention_for(resolved.device, resolved.dtype, model_config, resolved.max_num_batched_tokens)
+        if before is not None:
+            resolved = _sized_again(config, resolved, before)
+        kv = _kv_cache(model_config, resolved)
     pool = BlockPool(resolved.num_blocks, resolved.block_size, caching=config.enable_prefix_caching)
     scheduler = Scheduler(
         pool,
@@ -107,7 +138,17 @@ def build_core(
         )  # fmt: skip
         graphs.capture()
         runner = GraphedRunner(model, kv, table, attention, graphs)
-    return EngineCore(scheduler, runner, depth=resolved.depth, turns=turns)
+    return EngineCore(scheduler, runner, depth=resolved.depth, turns=turns), resolved
+
+
+def _sized_again(config: EngineConfig, resolved: Resolved, before: Card) -> Resolved:
+    """The weights are loaded, the libraries planned: blocks for the memory that is now left of what was `before`."""
+    assert resolved.sizes is not None
+    now = replace(Card.of(resolved.device), context=before.context)
+    taken = max(before.free - now.free, 0)
+    blocks = blocks_on_gpu(config, resolved.sizes, now, taken, loaded=True)
+    length = usable_length(config, resolved.max_model_len, blocks, resolved.block_size)
+    return replace(resolved, num_blocks=blocks, max_model_len=length)
 
 
 def attention_for(
@@ -140,20 +181,24 @@ def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig
     item = torch.empty(0, dtype=dtype).element_size()
     block_bytes = 2 * model.num_layers * model.num_kv_heads * block_size * model.head_dim * item
     weights = held_weights(model, packing, dtype).bytes
-    num_blocks = _num_blocks(config, model, device, weights, block_bytes, block_size, max_num_seqs)
-    capacity = (num_blocks - 1) * block_size
-    max_len = config.max_model_len or min(model.max_position, capacity)
-    if max_len > model.max_position:
+    if (config.max_model_len or 0) > model.max_position:
         raise ConfigError(
-            f"max_model_len={max_len} exceeds the {model.max_position} positions that the model was made for",
-            "max_model_len",
-        )
-    if max_len > capacity:
-        raise ConfigError(
-            f"max_model_len={max_len} does not fit into a KV cache of {capacity} tokens: lower it, or raise "
-            "num_blocks, kv_cache_memory or gpu_memory_utilization", "max_model_len",
+            f"max_model_len={config.max_model_len} exceeds the {model.max_position} positions that the model was made "
+            "for", "max_model_len",
         )  # fmt: skip
-    return Resolved(device, dtype, block_size, num_blocks, max_len, max_num_seqs, max_batched, 1 if gpu else 0, packing)
+    sizes = Sizes(
+        model=model, itemsize=item, block_size=block_size, block_bytes=block_bytes, max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_batched, max_len=config.max_model_len or model.max_position,
+    )  # fmt: skip
+    if gpu:
+        num_blocks = blocks_on_gpu(config, sizes, Card.of(device), weights, loaded=False)
+    else:
+        num_blocks = blocks_in_ram(config, model, weights, sizes)
+    max_len = usable_length(config, model.max_position, num_blocks, block_size)
+    return Resolved(
+        device, dtype, block_size, num_blocks, max_len, max_num_seqs, max_batched, 1 if gpu else 0, packing,
+        sizes if gpu else None,
+    )  # fmt: skip
 
 
 def _device(config: EngineConfig) -> torch.device:
@@ -188,44 +233,6 @@ def limit_torch_threads() -> int:
     if threads < torch.get_num_threads():
         torch.set_num_threads(threads)
     return threads
-
-
-def _memory_of(device: torch.device) -> tuple[int, int]:
-    """(free, total) bytes of the device, of the RAM for the CPU."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return free, total
-    return free_memory()
-
-
-def _num_blocks(
-    config: EngineConfig,
-    model: ModelConfig,
-    device: torch.device,
-    weights: int,
-    block_bytes: int,
-    block_size: int,
-    seqs: int,
-) -> int:
-    if config.num_blocks is not None:
-        return config.num_blocks
-    free, total = _memory_of(device)
-    if config.kv_cache_memory is not None:
-        room, field = config.kv_cache_memory, "kv_cache_memory"
-    elif config.gpu_memory_utilization is not None:
-        room, field = int(total * config.gpu_memory_utilization) - weights - (total - free), "gpu_memory_utilization"
-    else:
-        wanted = (
-            max(seqs * TOKENS_PER_SEQUENCE, min(config.max_model_len or model.max_position, 32768)) + 2 * block_size
-        )
-        room, field = min(wanted // block_size * block_bytes, (free - weights) // 2), "model"
-    blocks = room // block_bytes
-    if blocks < 2:
-        raise ConfigError(
-            f"no room for a KV cache: a block takes {block_bytes / 2**20:.1f} MiB, the weights "
-            f"{weights / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB of {total / 2**30:.2f} GiB are free", field,
-        )  # fmt: skip
-    return int(blocks)
 
 
 def _kv_cache(model: ModelConfig, resolved: Resolved) -> KVCache:

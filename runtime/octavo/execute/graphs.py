@@ -11,6 +11,7 @@ Called by `graphed_runner.py`. Why graphs: on the host that was measured an oper
 
 from __future__ import annotations
 
+import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -62,11 +63,22 @@ def token_sizes_up_to(most: int) -> list[int]:
     return [size for size in sizes if size <= most]
 
 
+_FREE_STREAMS: dict[int, list[torch.cuda.Stream]] = {}
+"""By device: those on which closed engines recorded. cuBLAS has a workspace for each stream that a product was recorded
+on (32 MiB on an H100), in the memory of the graph and for good: with new streams for each engine 32 of them stay, as
+many as torch has streams. But no two living engines share one: graphs use the workspace of their stream, and newer
+versions of torch free it with any graph of that stream."""
+
+
 class CudaRecorder:
     """Captures into one pool of memory: graphs run one at a time, so they may use the same."""
 
     def __init__(self) -> None:
-        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        free = _FREE_STREAMS.setdefault(torch.cuda.current_device(), [])
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = free.pop() if free else torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        weakref.finalize(self, _give_up, self._graphs, self._stream, free).atexit = False
 
     def prepare(self, function: Callable[[], None]) -> None:
         with compiled_ahead():
@@ -76,6 +88,7 @@ class CudaRecorder:
     def __call__(self, function: Callable[[], None]) -> Replay:
         # not torch.cuda.graph, which collects garbage and empties the allocator's cache before every capture
         graph = torch.cuda.CUDAGraph()
+        self._graphs.append(graph)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -84,6 +97,13 @@ class CudaRecorder:
             finally:
                 graph.capture_end()
         return graph.replay
+
+
+def _give_up(graphs: list[torch.cuda.CUDAGraph], stream: torch.cuda.Stream, free: list[torch.cuda.Stream]) -> None:
+    """The engine is gone: its graphs go before another one may record on their stream."""
+    for graph in graphs:
+        graph.reset()
+    free.append(stream)
 
 
 class CallAgain:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from far_blocks import far_cache
 from octavo_kernels import paged_attention_reference, tiles
 from octavo_kernels.attention_triton import paged_attention_triton
 
@@ -304,3 +305,28 @@ def test_invariant_has_limits(device) -> None:
         batch.run(paged_attention, invariant=True, min_split=16, max_seq_len=513)
     with pytest.raises(ValueError, match="without shared_splits"):
         batch.run(paged_attention, invariant=True, shared_splits=batch.starts[:1])
+
+
+@pytest.mark.parametrize("kind", ["short", "long", "mixed", "in common"])
+def test_blocks_beyond_2_to_the_31_elements(device, kind) -> None:
+    """The same bits wherever the blocks lie: every second one is moved behind 2^31 elements of the cache."""
+    sequences = {
+        "short": [(1, 700), (1, 37), (1, 1)], "long": [(40, 90), (19, 19)], "mixed": MIXED,
+        "in common": [(1, 150 + 7 * n) for n in range(10)],
+    }[kind]  # fmt: skip
+    batch = make(device, sequences)
+    options = {}
+    if kind == "in common":
+        batch.table[:, : 128 // 16] = batch.table[0, : 128 // 16]
+        shared = torch.tensor([2], dtype=torch.int32, device=device)
+        options = {"shared_splits": shared, "min_split": 64, "max_seq_len": 64 * tiles.MAX_SPLITS}
+    expected = batch.run(paged_attention_triton, **options)[: sum(batch.counts)]
+    assert torch.isfinite(expected).all()
+    both = far_cache(device, batch.k.dtype, tuple(batch.k.shape[1:]))
+    moved = torch.arange(len(batch.k), device=device)
+    moved[1::2] += len(both) - len(batch.k)
+    assert int(moved[1::2].min()) * both.stride(0) >= 2**31
+    for number, place in enumerate(moved.tolist()):
+        both[place, 0], both[place, 1] = batch.k[number], batch.v[number]
+    batch.k, batch.v, batch.table = both[:, 0], both[:, 1], moved[batch.table.long()].to(torch.int32)
+    assert torch.equal(batch.run(paged_attention_triton, **options)[: sum(batch.counts)], expected)

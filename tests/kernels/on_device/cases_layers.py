@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from far_blocks import far_cache
 from octavo_kernels import (
     enter_blocks_reference,
     find_broken_reference,
@@ -149,6 +150,26 @@ def test_a_nan_stays_one_in_an_fp8_cache(device) -> None:
     rope_and_cache_triton(qkv, torch.ones(4, 16, device=device), one, one, k_cache, v_cache, 1, 1, kv_scales=scales)
     assert k_cache[0, 0, 1].isnan().nonzero().flatten().tolist() == [0, 8]
     assert v_cache[0, 0, 1].isnan().nonzero().flatten().tolist() == [8]
+
+
+def test_rope_and_cache_writes_beyond_2_to_the_31_elements(device) -> None:
+    tokens, heads, kv_heads, block, size = 6, 5, 2, 16, 64
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * size).to(device, dtype)
+    cos_sin = torch.rand(50, size, device=device)
+    positions = torch.tensor([0, 49, 7, 7, 20, 3], device=device)
+    slots = torch.tensor([17, 0, -1, 47, 16, 33], device=device)
+    near = torch.zeros(2, 3, kv_heads, block, size, dtype=dtype, device=device)
+    expected = rope_and_cache_triton(qkv, cos_sin, positions, slots, *near, heads, kv_heads)
+    both = far_cache(device, dtype, (kv_heads, block, size))
+    far = both[-3:]
+    assert both.stride(0) * (len(both) - 3) >= 2**31
+    far.zero_()
+    far_slots = torch.where(slots < 0, slots, slots + (len(both) - 3) * block)
+    found = rope_and_cache_triton(qkv, cos_sin, positions, far_slots, both[:, 0], both[:, 1], heads, kv_heads)
+    assert torch.equal(found, expected)
+    assert torch.equal(far.transpose(0, 1), near)
+    assert near[:, :, :, 1].any(), "nothing was written: a weak test"
 
 
 @pytest.mark.parametrize("padding", [0, 5, 300])
