@@ -35,6 +35,8 @@ class AttentionBackend(ABC):
     """Steps of more tokens are not recorded as graphs: for them `prepare` is given the counts of the host."""
     prompt_step: int | None = None
     """But a longer prompt that comes whole and alone is, rounded up to a multiple of this; None: it is not."""
+    shares_prefixes: bool = False
+    """Decoding sequences that begin with the same blocks can attend to them at once (see `shared_parts`)."""
 
     def undivided(self, sequences: int) -> int:
         """Steps that decode so many sequences, none of more tokens than this, are worth graphs of their own; 0: it

@@ -33,23 +33,29 @@ class Fresh:
 
 
 class TritonAttention(AttentionBackend):
-    """`library`: use cuDNN where it is faster (see `plan_long_prompts`)."""
+    """`library`: use cuDNN where it is faster (see `plan_long_prompts`). `invariant_to`: when above 0, what a token
+    gets does not depend on how its sequence is cut into steps, nor on its neighbours; for sequences up to this length.
+    """
 
     default_block_size = 16
 
-    def __init__(self, kv_heads: int, *, library: bool = False) -> None:
-        self.kv_heads, self.library = kv_heads, library
+    def __init__(self, kv_heads: int, *, library: bool = False, invariant_to: int = 0) -> None:
+        self.kv_heads, self.library, self.invariant = kv_heads, library, invariant_to > 0
         self.prompt_step = LENGTH_STEP if library else None
+        self.shares_prefixes = not self.invariant
+        needed = -(-invariant_to // tiles.MAX_SPLITS)
+        self._one_split = max(tiles.MIN_SPLIT, 1 << (needed - 1).bit_length()) if self.invariant else 0
 
     def min_split(self, sequences: int) -> int:
         """Keys in a split, at least: the fewer programs there are without splitting, the smaller."""
+        if self.invariant:
+            return self._one_split
         if sequences <= tiles.FEW_SEQUENCES:
             return tiles.FEW_SPLIT
         return tiles.MANY_SPLIT if sequences * self.kv_heads >= tiles.MANY_PROGRAMS else tiles.MIN_SPLIT
 
     def undivided(self, sequences: int) -> int:
-        many = self.min_split(sequences) == tiles.MANY_SPLIT
-        return tiles.MANY_SPLIT if many else 0
+        return self.min_split(sequences) if sequences * self.kv_heads >= tiles.MANY_PROGRAMS else 0
 
     def shared_parts(self, shared: int, longest: int) -> int:
         return shared // tiles.MIN_SPLIT if longest <= tiles.MIN_SPLIT * tiles.MAX_SPLITS else 0
@@ -63,14 +69,16 @@ class TritonAttention(AttentionBackend):
                 fresh.append(Fresh(begin, count, F.pad(table[entry, :blocks], (0, max(0, blocks - table.shape[1])))))
             begin += count
         split = self.min_split(len(inputs.rows)) if inputs.shared_parts is None else tiles.MIN_SPLIT
-        return _Prepared(inputs, table, fresh, self.most_recorded, split)
+        return _Prepared(inputs, table, fresh, self.most_recorded, split, self.invariant)
 
 
 class _Prepared(PreparedAttention):
     def __init__(
-        self, inputs: StepInputs, table: torch.Tensor, fresh: list[Fresh], longest: int, min_split: int
-    ) -> None:
-        self.inputs, self.table, self.fresh, self.longest, self.min_split = inputs, table, fresh, longest, min_split
+        self, inputs: StepInputs, table: torch.Tensor, fresh: list[Fresh], longest: int, min_split: int,
+        invariant: bool,
+    ) -> None:  # fmt: skip
+        self.inputs, self.table, self.fresh, self.longest = inputs, table, fresh, longest
+        self.min_split, self.invariant = min_split, invariant
 
     def attend(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, scale: float, window: int
@@ -86,6 +94,7 @@ class _Prepared(PreparedAttention):
                 q, k_cache, v_cache, self.table, step.query_start, step.seq_lens, max_query_len=step.max_query_len,
                 max_seq_len=step.max_seq_len, scale=scale, window=window, longest_fresh=self.longest if fresh else 0,
                 shared_splits=step.shared_parts if window <= 0 else None, min_split=self.min_split,
+                invariant=self.invariant,
             )  # fmt: skip
         for prompt in fresh:
             here = slice(prompt.begin, prompt.begin + prompt.count)

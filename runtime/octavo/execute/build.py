@@ -41,6 +41,7 @@ from octavo.execute.sizing import (
 from octavo.execute.table import RowTable
 from octavo.host import usable_cores
 from octavo.host_memory import give_back_memory, zero_pages
+from octavo.layers.linear import ProductMaker, invariant_product, product_with
 from octavo.models.cache import cache_dir
 from octavo.models.config import ModelConfig
 from octavo.models.llama_packed import PackedLlama, ProgramAttention
@@ -113,9 +114,12 @@ def _build(
         before = None if resolved.sizes is None else Card.of(resolved.device)
         model = load_model(
             files, model_config, load_format=config.load_format, max_len=resolved.max_model_len, dtype=resolved.dtype,
-            device=resolved.device, progress=progress,
+            device=resolved.device, progress=progress, product=product_for(resolved.device, config.deterministic),
         )  # fmt: skip
-        attention = attention_for(resolved.device, resolved.dtype, model_config, resolved.max_num_batched_tokens)
+        attention = attention_for(
+            resolved.device, resolved.dtype, model_config, resolved.max_num_batched_tokens,
+            invariant_to=resolved.max_model_len + 1 if config.deterministic else 0,
+        )  # fmt: skip
         if before is not None:
             resolved = _sized_again(config, resolved, before)
         kv = _kv_cache(model_config, resolved)
@@ -152,13 +156,21 @@ def _sized_again(config: EngineConfig, resolved: Resolved, before: Card) -> Reso
 
 
 def attention_for(
-    device: torch.device, dtype: torch.dtype, model: ModelConfig, max_tokens: int
+    device: torch.device, dtype: torch.dtype, model: ModelConfig, max_tokens: int, invariant_to: int = 0
 ) -> AttentionBackend:
-    """Ready to run steps of up to `max_tokens`, as far as a library takes part in it."""
+    """Ready to run steps of up to `max_tokens`, as far as a library takes part in it. `invariant_to`: when above 0,
+    bits depend on a sequence alone; for lengths up to this. On the CPU they do so anyway."""
     if device.type != "cuda":
         return CpuAttention(dtype)
+    if invariant_to:
+        return TritonAttention(model.num_kv_heads, invariant_to=invariant_to)
     library = plan_long_prompts(device, dtype, model.num_heads, model.num_kv_heads, model.head_dim, max_tokens)
     return TritonAttention(model.num_kv_heads, library=library)
+
+
+def product_for(device: torch.device, deterministic: bool) -> ProductMaker:
+    """How matrix products are made. Those of the CPU give a row the same bits in every batch."""
+    return invariant_product if deterministic and device.type == "cuda" else product_with
 
 
 def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> Resolved:

@@ -140,7 +140,8 @@ class StepGraphs:
         self._model, self._kv, self._table, self._attention, self._record = model, kv, table, attention, recorder
         rows = len(table.sampling)
         self.staging = Staging(rows, rows + max_tokens // table.block_size, table.device)
-        self._decode_sizes, self._sharing_sizes = sizes_up_to(rows), sharing_sizes_up_to(rows)
+        self._decode_sizes = sizes_up_to(rows)
+        self._sharing_sizes = sharing_sizes_up_to(rows) if attention.shares_prefixes else []
         self._token_sizes = token_sizes_up_to(min(max_tokens, attention.most_recorded))
         self._entry_sizes = sorted({min(FEW, rows), rows})
         step = attention.prompt_step
@@ -200,7 +201,7 @@ class StepGraphs:
         return self.hidden[: plan.num_tokens]
 
     def _shared_parts(self, plan: StepPlan, longest: int) -> int:
-        if plan.shared_blocks == 0 or len(plan.steps) < SHARING:
+        if plan.shared_blocks == 0 or len(plan.steps) < SHARING or not self._sharing_sizes:
             return 0
         return self._attention.shared_parts(plan.shared_blocks * self._table.block_size, longest)
 
