@@ -60,8 +60,8 @@ def paged_attention(
         alibi_slopes: `[H]` fp32: `slope * (position(k) - position(q))` is added to a head's scores, after the soft cap
             and before the mask. Not with `shared_splits`.
         invariant: what a query gets depends on itself, the keys that it sees and `min_split` only, bit for bit: not on
-            how many new tokens its sequence brings. For up to `min_split * tiles.MAX_SPLITS` tokens each. Slower; not
-            with `shared_splits`.
+            how many new tokens its sequence brings. For up to `min_split * tiles.MAX_INVARIANT_SPLITS` tokens each.
+            Slower; not with `shared_splits`.
         out: `[T, H, D]` to receive the result.
 
     Returns:
@@ -98,8 +98,9 @@ def paged_attention(
         check.vector("shared_splits", shared_splits, 1, torch.int32)
         if window > 0 or max_query_len > 1 or alibi_slopes is not None:
             raise ValueError("shared_splits is for decoding without a window and without ALiBi")
-    if invariant and (shared_splits is not None or max_seq_len > min_split * tiles.MAX_SPLITS):
-        raise ValueError(f"invariant is for up to {tiles.MAX_SPLITS} splits of min_split keys, without shared_splits")
+    most = tiles.MAX_INVARIANT_SPLITS
+    if invariant and (shared_splits is not None or max_seq_len > min_split * most):
+        raise ValueError(f"invariant is for up to {most} splits of min_split keys, without shared_splits")
     if alibi_slopes is not None:
         check.vector("alibi_slopes", alibi_slopes, heads, torch.float32)
     if out is not None:

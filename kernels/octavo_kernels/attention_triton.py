@@ -245,12 +245,12 @@ def join_splits_kernel(
     tl.store(out_at, result.to(out.dtype.element_ty), mask=column < HEAD_SIZE)
 
 
-def _split_slots(max_seq_len: int, window: int, block_n: int, min_split: int) -> int:
+def _split_slots(max_seq_len: int, window: int, block_n: int, min_split: int, most: int) -> int:
     """The most splits a short sequence of this batch can have. In a window they begin anywhere."""
     splits = triton.cdiv(max_seq_len, min_split)
     if window > 0:
         splits = min(splits, triton.cdiv(window + tiles.SHORT_QUERY + block_n, min_split) + 1)
-    return min(tiles.MAX_SPLITS, splits)
+    return min(most, splits)
 
 
 def paged_attention_triton(
@@ -295,7 +295,8 @@ def paged_attention_triton(
         tiles_each, split_slots, programs = 1, 1, 1
         if short:
             tiles_each = triton.cdiv(token_slots, block_q)
-            split_slots = _split_slots(max_seq_len, window, tile.block_n, min_split)
+            most = tiles.MAX_INVARIANT_SPLITS if invariant else tiles.MAX_SPLITS
+            split_slots = _split_slots(max_seq_len, window, tile.block_n, min_split, most)
             wanted = tiles.PROGRAMS_PER_SM * tiles.multiprocessors(device)
             programs = min(split_slots, triton.cdiv(wanted, batch * tiles_each * kv_heads))
             grid = (batch * tiles_each, kv_heads, programs)

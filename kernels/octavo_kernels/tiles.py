@@ -25,6 +25,8 @@ FEW_SEQUENCES, FEW_SPLIT = 4, 64
 # And where sequences times KV heads are so many: 256 sequences of 150 to 1100 tokens in 241 us instead of 247 (16 heads
 # over 8 KV heads; with 32 heads 242 and 256), for 217 us worth of reading. Fewer partial sums, or none.
 MANY_PROGRAMS, MANY_SPLIT = 512, 1024
+# Where bits must not depend on how a sequence is cut into steps, splits are never doubled, so there are more.
+MAX_INVARIANT_SPLITS = 128
 # Splits that are loaded at once where they are joined.
 JOINED, JOIN_WARPS = 8, 1
 # Rows (sequences times query heads of a KV head) in a tile over keys that all sequences share.

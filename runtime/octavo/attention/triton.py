@@ -43,7 +43,7 @@ class TritonAttention(AttentionBackend):
         self.kv_heads, self.library, self.invariant = kv_heads, library, invariant_to > 0
         self.prompt_step = LENGTH_STEP if library else None
         self.shares_prefixes = not self.invariant
-        needed = -(-invariant_to // tiles.MAX_SPLITS)
+        needed = -(-invariant_to // tiles.MAX_INVARIANT_SPLITS)
         self._one_split = max(tiles.MIN_SPLIT, 1 << (needed - 1).bit_length()) if self.invariant else 0
 
     def min_split(self, sequences: int) -> int:

@@ -118,7 +118,7 @@ def _build(
         )  # fmt: skip
         attention = attention_for(
             resolved.device, resolved.dtype, model_config, resolved.max_num_batched_tokens,
-            invariant_to=resolved.max_model_len + 1 if config.deterministic else 0,
+            invariant_to=model_config.max_position + 1 if config.deterministic else 0,  # on every machine the same
         )  # fmt: skip
         if before is not None:
             resolved = _sized_again(config, resolved, before)
@@ -201,6 +201,7 @@ def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig
     sizes = Sizes(
         model=model, itemsize=item, block_size=block_size, block_bytes=block_bytes, max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_batched, max_len=config.max_model_len or model.max_position,
+        deterministic=config.deterministic,
     )  # fmt: skip
     if gpu:
         num_blocks = blocks_on_gpu(config, sizes, Card.of(device), weights, loaded=False)

@@ -58,13 +58,17 @@ class Sizes:
     max_num_batched_tokens: int
     max_len: int
     """The most that `max_model_len` can become."""
+    deterministic: bool = False
 
     def activations(self, tokens: int) -> int:
         """Of a forward pass, at most. All that a layer makes is counted as if it lived at the same time."""
         model = self.model
         queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
         numbers = 6 * model.hidden_size + 4 * queries + 4 * keys + 3 * model.intermediate_size
-        splits = min(tiles.MAX_SPLITS, -(-self.max_len // tiles.FEW_SPLIT))
+        smallest, most = tiles.FEW_SPLIT, tiles.MAX_SPLITS
+        if self.deterministic:
+            smallest, most = tiles.MIN_SPLIT, tiles.MAX_INVARIANT_SPLITS
+        splits = min(most, -(-self.max_len // smallest))
         partial_sums = self.max_num_seqs * model.num_heads * splits * (model.head_dim + 2) * 4
         return tokens * (numbers * self.itemsize + 16 * model.num_heads + 64) + partial_sums
 

@@ -301,8 +301,8 @@ def test_invariant_has_limits(device) -> None:
     from octavo_kernels import paged_attention
 
     batch = make(device, [(1, 40), (1, 30)])
-    with pytest.raises(ValueError, match="32 splits"):
-        batch.run(paged_attention, invariant=True, min_split=16, max_seq_len=513)
+    with pytest.raises(ValueError, match="128 splits"):
+        batch.run(paged_attention, invariant=True, min_split=16, max_seq_len=2049)
     with pytest.raises(ValueError, match="without shared_splits"):
         batch.run(paged_attention, invariant=True, shared_splits=batch.starts[:1])
 
