@@ -16,9 +16,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def split_size(span, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
-    """Keys in a split of a sequence of which `span` keys are visible: at least MIN_SPLIT, at most MAX_SPLITS splits."""
-    size = MIN_SPLIT
+def split_size(span, min_split, MAX_SPLITS: tl.constexpr):
+    """Keys in a split of a sequence of which `span` keys are visible: at least min_split, at most MAX_SPLITS splits."""
+    size = min_split
     while size * MAX_SPLITS < span:
         size *= 2
     return size
@@ -34,16 +34,16 @@ def first_visible_key(position, window, BLOCK_N: tl.constexpr, WINDOWED: tl.cons
 
 
 @triton.jit
-def splits_of(first_key, length, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, INVARIANT: tl.constexpr):
+def splits_of(first_key, length, min_split, MAX_SPLITS: tl.constexpr, INVARIANT: tl.constexpr):
     """Of a sequence whose visible keys are `first_key .. length`: where split 0 would begin, keys in a split, the first
     split and the one after the last."""
     if INVARIANT:  # the same for every query of a sequence
         base = 0
-        size = MIN_SPLIT
+        size = min_split
         first = first_key // size
     else:
         base = first_key
-        size = split_size(length - first_key, MIN_SPLIT, MAX_SPLITS)
+        size = split_size(length - first_key, min_split, MAX_SPLITS)
         first = first_key * 0
     return base, size, first, tl.cdiv(length - base, size)
 

@@ -37,16 +37,18 @@ NO_LIMIT = 2**31 - 1
 
 # Numbers that change with the batch are not specialised on: each new one of them would be compiled for.
 @triton.jit(
-    do_not_specialize=["batch", "halvings", "tiles_each", "token_slots", "split_slots", "window", "longest_fresh"]
-)
+    do_not_specialize=[
+        "batch", "halvings", "tiles_each", "token_slots", "split_slots", "longest_fresh", "min_split", "window",
+    ]
+)  # fmt: skip
 def paged_attention_kernel(
     q, k_cache, v_cache, block_table, query_start, seq_lens, out, part_acc, part_top, part_total, shared,
     kv_scales, alibi_slopes, batch, halvings, tiles_each, token_slots, split_slots,
     q_stride_token, q_stride_head, out_stride_token, out_stride_head,
-    stride_block, stride_head, stride_slot, table_stride, longest_fresh, window, scale, cap,
+    stride_block, stride_head, stride_slot, table_stride, longest_fresh, min_split, window, scale, cap,
     GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHORT: tl.constexpr, SHORT_QUERY: tl.constexpr,
-    MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr, SHARED: tl.constexpr, INVARIANT: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
@@ -108,7 +110,7 @@ def paged_attention_kernel(
 
     first_key = first_visible_key(first_position, window, BLOCK_N, WINDOWED)
     if SHORT:
-        base, size, first_split, end_split = splits_of(first_key, length, MIN_SPLIT, MAX_SPLITS, INVARIANT)
+        base, size, first_split, end_split = splits_of(first_key, length, min_split, MAX_SPLITS, INVARIANT)
         done = 0
         if SHARED:
             done = tl.load(shared)
@@ -133,10 +135,10 @@ def paged_attention_kernel(
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         if INVARIANT:
-            for split in range(first_key // MIN_SPLIT, tl.cdiv(end, MIN_SPLIT)):
-                start = split * MIN_SPLIT
+            for split in range(first_key // min_split, tl.cdiv(end, min_split)):
+                start = split * min_split
                 more, more_top, more_total = attend(
-                    queries, tl.maximum(start, first_key), tl.minimum(start + MIN_SPLIT, end), first_position, position,
+                    queries, tl.maximum(start, first_key), tl.minimum(start + min_split, end), first_position, position,
                     k_head, v_head, blocks, stride_block, stride_slot, window, scale, cap, slope, v_scale,
                     BLOCK_SIZE, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWED, CAPPED, PRECISION, WIDE, INVARIANT,
                 )  # fmt: skip
@@ -192,12 +194,12 @@ def shared_splits_kernel(
     tl.store(part_total + place, total, mask=live)
 
 
-@triton.jit(do_not_specialize=["token_slots", "split_slots", "window"])
+@triton.jit(do_not_specialize=["token_slots", "split_slots", "min_split", "window"])
 def join_splits_kernel(
     part_acc, part_top, part_total, query_start, seq_lens, out,
-    token_slots, split_slots, out_stride_token, out_stride_head, window,
+    token_slots, split_slots, out_stride_token, out_stride_head, min_split, window,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SHORT_QUERY: tl.constexpr,
-    MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, TOGETHER: tl.constexpr, WINDOWED: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, TOGETHER: tl.constexpr, WINDOWED: tl.constexpr,
     EARLY: tl.constexpr, INVARIANT: tl.constexpr,
 ):  # fmt: skip
     """Join the splits of one query token and head, in their order: the result does not depend on the batch."""
@@ -213,7 +215,7 @@ def join_splits_kernel(
         return
     length = tl.load(seq_lens + b)
     first_key = first_visible_key(length - count, window, BLOCK_N, WINDOWED)
-    _, _, first_split, end_split = splits_of(first_key, length, MIN_SPLIT, MAX_SPLITS, INVARIANT)
+    _, _, first_split, end_split = splits_of(first_key, length, min_split, MAX_SPLITS, INVARIANT)
     splits = end_split - first_split
     if splits <= 1:
         return
@@ -325,20 +327,19 @@ def paged_attention_triton(
             batch, (batch - 1).bit_length(), tiles_each, token_slots, split_slots,
             q.stride(0), q.stride(1), out.stride(0), out.stride(1),
             k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), block_table.stride(0),
-            longest_fresh or NO_LIMIT, window,
-            factor, cap,
+            longest_fresh or NO_LIMIT, min_split, window, factor, cap,
             GROUP=group, BLOCK_SIZE=k_cache.shape[2], HEAD_SIZE=head_size, BLOCK_D=block_d,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SHORT=short, SHORT_QUERY=tiles.SHORT_QUERY,
-            MIN_SPLIT=min_split, MAX_SPLITS=tiles.MAX_SPLITS, WINDOWED=window > 0, CAPPED=soft_cap > 0,
+            MAX_SPLITS=tiles.MAX_SPLITS, WINDOWED=window > 0, CAPPED=soft_cap > 0,
             PRECISION=precision, WIDE=INTERPRETED, EARLY=early, SHARED=shares, INVARIANT=invariant,
             num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=early,
         )  # fmt: skip
         if split_slots > 1:
             join_splits_kernel[batch * token_slots, heads](
                 part_acc, part_top, part_total, query_start, seq_lens, out,
-                token_slots, split_slots, out.stride(0), out.stride(1), window,
+                token_slots, split_slots, out.stride(0), out.stride(1), min_split, window,
                 HEAD_SIZE=head_size, BLOCK_D=block_d, BLOCK_N=tile.block_n, SHORT_QUERY=tiles.SHORT_QUERY,
-                MIN_SPLIT=min_split, MAX_SPLITS=tiles.MAX_SPLITS, TOGETHER=tiles.JOINED, WINDOWED=window > 0,
+                MAX_SPLITS=tiles.MAX_SPLITS, TOGETHER=tiles.JOINED, WINDOWED=window > 0,
                 EARLY=early, INVARIANT=invariant, num_warps=tiles.JOIN_WARPS, launch_pdl=early,
             )  # fmt: skip
     return out
