@@ -9,7 +9,7 @@ and the better one counts, workload by workload. Peers are installed where you l
 that can import one (without it, this one is tried); one that cannot be imported is left out.
 
 The limit beside the figures: a step reads every weight once and multiplies `rows` tokens with it, so tokens/s
-cannot exceed rows / max(bytes / bandwidth, operations / rate), with both measured by `octavo.cli.bench`.
+cannot exceed rows / max(bytes / bandwidth, operations / rate), with both measured by `octavo.bench`.
 """
 
 from __future__ import annotations

@@ -38,11 +38,11 @@ class Octavo:
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
     def about(self, requests: int) -> dict[str, Any]:
-        from octavo.cli.bench import machine_limits
+        from octavo.bench.machine import limit_of
 
-        machine = machine_limits(self.llm)
-        found: dict[str, Any] = {"weights": self.llm.engine.limits.weights, "limits": limits(machine.rate, requests)}
-        return found | {"bandwidth": machine.bandwidth, "products": machine.products}
+        limit = limit_of(self.llm.engine)
+        found: dict[str, Any] = {"weights": self.llm.engine.limits.weights, "limits": limits(limit.rate, requests)}
+        return found | {"bandwidth": limit.machine.bandwidth, "products": limit.machine.products}
 
 
 class Transformers:

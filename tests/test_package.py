@@ -197,7 +197,7 @@ def test_version_and_extras(project: dict[str, Any]) -> None:
 
     assert octavo.__version__ == project["version"]
     assert set(project["optional-dependencies"]) == {
-        "langchain", "llama-index", "server", "apps", "gguf", "ray", "dev",
+        "langchain", "llama-index", "server", "apps", "gguf", "ray", "bench", "dev",
     }  # fmt: skip
     assert project["requires-python"] == ">=3.11,<3.14"
     assert "torch>=2.11" in project["dependencies"]
@@ -209,13 +209,17 @@ def test_the_lock_has_every_dependency_at_one_version(project: dict[str, Any]) -
     pinned = {name_of(line): line for line in lines}
     assert len(pinned) == len(lines), "a package is named twice"
     assert all("==" in line for line in lines)
-    for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+    extras = project["optional-dependencies"]
+    for requirement in [*project["dependencies"], *extras["bench"], *extras["dev"]]:
         assert name_of(requirement) in pinned, requirement
     assert pinned["torch"] == "torch==2.13.0", "a local version (+cpu) would not install on a GPU machine"
 
 
 def test_what_the_runtime_imports_is_declared(project: dict[str, Any]) -> None:
     declared = {name_of(requirement) for requirement in project["dependencies"]} | {"octavo", "octavo-kernels"}
+    plot = RUNTIME / "bench" / "plot.py"
+    extra = {plot: {name_of(requirement) for requirement in project["optional-dependencies"]["bench"]}}
     for path, module in imported(RUNTIME):
         name = module.lower().replace("_", "-")
-        assert module in sys.stdlib_module_names or name in declared, f"{path} imports {module}"
+        known = declared | extra.get(path, set())
+        assert module in sys.stdlib_module_names or name in known, f"{path} imports {module}"

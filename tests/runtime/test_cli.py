@@ -102,6 +102,14 @@ MISTAKES: list[tuple[list[str], int, str]] = [
     (["generate", "x", "--raw", "--system", "y"], 2, "leave out --raw"),
     (["generate", "x", "--model", "/no/such/model"], 1, "nothing is there"),
     (["generate", "x", "--model", "no/such-model"], 1, "no/such-model"),
+    (["bench", "--rows", "ready,batches"], 2, "rows: 'batches' is none of ready, one_stream, first_128"),
+    (["bench", "--rows", ","], 2, "rows: name at least one of ready"),
+    (["bench", "--scale", "2"], 2, "scale must be above 0 and at most 1, not 2"),
+    (["bench", "--seconds", "0"], 2, "seconds must be above 0, not 0"),
+    (["bench", "--plot", "curve.pdf"], 2, "plot writes a PNG: curve.pdf must end in .png"),
+    (["bench", "--plot", "/no/such/folder/curve.png"], 2, "/no/such/folder is not a folder"),
+    (["bench", "--load-format", "random"], 2, "load_format must be one of auto, dummy, not 'random'"),
+    (["bench", "--load-format", "dummy", "--model", "/etc"], 1, "/etc/config.json: is missing"),
     (["chat", "--min-p", "7"], 2, "min_p must be at least 0 and at most 1"),
     (["models", "show", "no/such-model"], 1, "octavo models pull no/such-model"),
     (["models", "remove", "no/such-model"], 1, "`octavo models` lists those that are"),
@@ -222,6 +230,84 @@ def test_a_reader_who_goes_away_is_no_error(default_model: Path, environment: di
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(60) == 141
+
+
+# -- bench -----------------------------------------------------------------------------------------------------------
+
+
+def test_bench_measures_rows_beside_their_limits_and_draws(
+    default_model: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    plot, rows = tmp_path / "curve.png", "ready,one_stream,first_128,batch_64"
+    common = ["--model", default_model, "--rows", rows, "--seconds", 0.2]
+    done = octavo("bench", *common, "--plot", plot, "--json", env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    assert (report["device"], report["max_model_len"], report["max_num_seqs"]) == ("cpu", 8192, 64)
+    assert 90e6 < report["weight_bytes"] < 110e6
+    assert report["weight_bytes"] < report["memory_bytes"]
+    ready, *measured = report["rows"]
+    assert (ready["name"], ready["unit"], ready["limit"]) == ("ready", "s", None)
+    assert [row["name"] for row in measured] == ["one_stream", "first_128", "batch_64"]
+    for row in measured:
+        assert row["value"] > 0
+        assert row["limit"] > 0
+        assert 0 < row["scale"] <= 1
+        more = row["unit"] == "tokens/s"
+        assert row["share"] == pytest.approx((row["value"] / row["limit"]) ** (1 if more else -1))
+    one = measured[0]
+    prompt, more = (max(8, int(size * one["scale"])) for size in (128, 256))
+    assert one["label"] == f"one stream, {prompt} in, {1 + more} out"
+    first = report["sweep"][0]
+    assert (first["concurrency"], first["prompt_tokens"], first["output_tokens"]) == (1, 128, 64)
+    for level in report["sweep"]:
+        for name in ("time_to_first_token", "inter_token_latency"):
+            assert 0 < level[name]["p50"] <= level[name]["p90"] <= level[name]["p99"]
+    check_picture(plot)
+
+
+def check_picture(file: Path) -> None:
+    """A PNG of three panels, each with lines of its own in it."""
+    import numpy as np
+    from matplotlib.image import imread
+
+    assert file.read_bytes().startswith(b"\x89PNG\r\n")
+    picture = imread(file)[..., :3]
+    height, width, _ = picture.shape
+    assert (width, height) == (1950, 630)
+    blue = np.abs(picture - np.array([0x1F, 0x5F, 0xA8]) / 255).sum(axis=-1) < 0.1
+    for third in range(3):
+        assert blue[:, third * width // 3 : (third + 1) * width // 3].sum() > 100
+
+
+def test_bench_prints_a_table_for_a_shape_with_random_weights(
+    tiny_model: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """A folder with nothing but a configuration; rows that do not fit say so."""
+    config = json.loads((tiny_model / "config.json").read_text())
+    shape = tmp_path / "shape"
+    shape.mkdir()
+    (shape / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
+    common = ["--model", shape, "--load-format", "dummy", "--dtype", "float32"]
+    done = octavo("bench", *common, "--rows", "ready,first_8000,batch", "--scale", 0.25, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^ready +\d", done.stdout, flags=re.M)
+    figures = r" +[\d,.]+ +[\d,.]+ +\d+% +"
+    assert re.search(rf"^first token of 255{figures}ms +1/4, shortened", done.stdout, flags=re.M)
+    assert re.search(rf"^64 requests, \d+ to \d+ in and out{figures}tokens/s +1/4, shortened", done.stdout, flags=re.M)
+    assert list(shape.iterdir()) == [shape / "config.json"]
+    done = octavo("bench", *common, "--max-model-len", 40, env=environment)
+    assert done.returncode == 2
+    assert "the engine holds 40 tokens; measuring needs at least 80" in done.stderr
+
+
+def test_bench_says_how_to_get_what_it_draws_with(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError(name='matplotlib')")
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = octavo("bench", "--plot", tmp_path / "a.png", env=environment | {"PYTHONPATH": paths})
+    assert done.returncode == 2
+    assert done.stderr == "octavo: --plot needs matplotlib: pip install 'octavo[bench]'\n"
 
 
 # -- models and env --------------------------------------------------------------------------------------------------

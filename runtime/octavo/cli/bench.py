@@ -1,66 +1,66 @@
-"""`octavo bench`: how fast a model runs on this machine, beside what the machine could do. Takes about a minute.
+"""`octavo bench`: how fast a model runs on this machine, beside what the machine could do.
 
-A step reads every weight once and multiplies the tokens of all its rows with it. So tokens per second cannot exceed
-rows / max(bytes of weights / bandwidth, operations of a token * rows / rate of products); both are measured here, by
-reading a large array and by a large product, on the device and in the type that the engine uses.
+The rows are those of `octavo.bench.workloads`, the limits those of `octavo.bench.limits`. Where the full rows would
+take long they are scaled down by how fast this machine turns out to be; what was run stands beside each figure.
 """
 
 from __future__ import annotations
 
 import json
-import random
-import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from octavo.bench.workloads import NAMES, READY, ROWS, probe
 from octavo.cli.options import (
     DEFAULT,
     Debug,
     Device,
     Dtype,
     Json,
+    MaxModelLen,
     Model,
     Quantization,
     Revision,
     UsageProblem,
     open_llm,
-    sampling,
 )
 from octavo.cli.screen import console, size
-from octavo.host import usable_cores
-from octavo.host_memory import zero_pages
 
 if TYPE_CHECKING:
-    import torch
-
+    from octavo.bench.run import Result
+    from octavo.bench.sweep import Level
     from octavo.llm import LLM
+
+SWEEP = 4
+"""Going over concurrency may take so many times as long as a row."""
+ABOUT = {
+    "tokens/s": "output tokens of all requests over the whole time, prompts included",
+    "ms per token": "one request, after its first token",
+    "ms": "one request, nothing else running",
+    "s": "the whole time",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What `--json` prints; seconds, bytes, tokens per second."""
+    """What `--json` prints; seconds, bytes, operations, tokens per second."""
 
     model: str
     device: str
     weights: str
     threads: int
-    seconds_to_ready: float
-    prompt_tokens: int
-    output_tokens: int
-    requests: int
-    time_to_first_token: float
-    """Median over a few prompts, on an idle engine, nothing cached."""
-    single_tokens_per_second: float
-    batched_tokens_per_second: float
-    """Output tokens of all requests over the whole time, prefill included."""
-    single_limit: float
-    batched_limit: float
-    """What bandwidth and products would allow for the decoding alone."""
+    max_model_len: int
+    max_num_seqs: int
+    rows: list[Result]
+    sweep: list[Level] | None
+    """One entry for each number of requests at once; with `--plot` only."""
     bandwidth: float
     products_per_second: float
     """Operations, a multiplication and an addition being two."""
@@ -70,164 +70,215 @@ class Report:
 
 
 def bench(
-    requests: Annotated[int, typer.Option(min=1, metavar="N", help="Requests at once in the batched run.")] = 32,
-    prompt_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens in each prompt.")] = 128,
-    output_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens in each answer.")] = 64,
+    rows: Annotated[
+        str, typer.Option(metavar="NAMES", help=f"Which to run, with commas between: {', '.join(NAMES)}.")
+    ] = ",".join(NAMES),
+    scale: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S", help="Part of the requests and of their lengths, 1 for all. Default: what takes some seconds."
+        ),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="Without --scale: about what a row may take. Default 12, on a GPU 60."),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Also go over concurrency, as long as four rows, and draw it."),
+    ] = None,
     as_json: Json = False,
     model: Model = DEFAULT,
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantization: Quantization = None,
+    load_format: Annotated[
+        str, typer.Option(metavar="KIND", help="auto, or dummy: random weights, a folder needs a config.json only.")
+    ] = "auto",
+    max_model_len: MaxModelLen = None,
     debug: Debug = False,
 ) -> None:
-    """Measure this machine: time to first token, tokens per second alone and in a batch, memory, and the limit.
+    """Measure this machine: one stream, batches, first tokens, a shared prefix, memory, and the limit of each.
 
-    Random prompts, greedy answers of a fixed length, no prefix cache. Close other programs first: on a busy machine it
-    measures the others too.
+    Random prompts, temperature 0.6, answers of a fixed length. Takes a minute or two with the default model on a CPU.
+    Close other programs first: on a busy machine it measures the others too.
     """
-    settings = {"revision": revision, "device": device, "dtype": dtype, "quantization": quantization}
-    with open_llm(model, enable_prefix_caching=False, **settings) as llm:
-        if prompt_tokens + output_tokens > llm.engine.limits.max_model_len:
-            raise UsageProblem(f"prompt and answer exceed the model's {llm.engine.limits.max_model_len} tokens")
-        report = measure(llm, model, requests, prompt_tokens, output_tokens)
+    wanted = _wanted(rows)
+    if scale is not None and not 0 < scale <= 1:
+        raise UsageProblem(f"scale must be above 0 and at most 1, not {scale:g}")
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise UsageProblem(f"seconds must be above 0, not {seconds:g}")
+    if plot is not None:
+        _check_plot(plot)
+    settings = {
+        "revision": revision, "device": device, "dtype": dtype, "quantization": quantization,
+        "load_format": load_format, "max_model_len": max_model_len,
+    }  # fmt: skip
+    with _opened(model, settings) as llm:
+        report = measure(llm, model, wanted, scale, seconds, sweep=plot is not None)
+    if plot is not None:
+        from octavo.bench.plot import draw
+
+        try:
+            draw(report.sweep or [], f"{report.model} on {report.device}, {report.weights}", plot)
+        except OSError as error:
+            raise UsageProblem(f"{plot} cannot be written: {error.strerror or error}") from error
     if as_json:
         print(json.dumps(asdict(report), indent=2))
     else:
         _print(report)
 
 
-def measure(llm: LLM, model: str, requests: int, prompt_tokens: int, output_tokens: int) -> Report:
-    """Run everything on an idle `llm` and return the figures."""
+def measure(
+    llm: LLM, model: str, rows: list[str], scale: float | None, seconds: float | None, *, sweep: bool
+) -> Report:
+    """Run everything on an idle `llm`. `scale` None: each row as large as it may be to take `seconds`."""
     import torch
 
-    limits = llm.engine.limits
-    source = random.Random(0)
+    from octavo.bench.machine import limit_of, peak_memory
+    from octavo.bench.run import ROW_SECONDS, Clock, Result, Timed, beside, scale_for, time_row
+    from octavo.bench.sweep import Measured
+    from octavo.bench.sweep import sweep as levels
 
-    def prompt() -> list[int]:
-        return [source.randrange(limits.vocab_size) for _ in range(prompt_tokens)]
-
-    def answer(count: int) -> float | None:
-        params = sampling(temperature=0, max_tokens=count, ignore_eos=True)
-        metrics = llm.generate(prompt(), params)[0].metrics
-        return metrics.first_token_time if count == 1 else metrics.time_per_token
-
-    answer(2)  # the first step of a process is slower: code and caches are cold
-    first = statistics.median(answer(1) or 0.0 for _ in range(5))
-    step = answer(output_tokens) or float("inf")
-    params = sampling(temperature=0, max_tokens=output_tokens, ignore_eos=True)
-    prompts = [prompt() for _ in range(requests)]
-    began = time.perf_counter()
-    llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
-    batched = requests * output_tokens / (time.perf_counter() - began)
-
+    limits, clock = llm.engine.limits, Clock(llm)
+    longest = limits.max_model_len
+    if longest < (least := max(len(prompt) + 16 for prompt in probe(clock.vocabulary).prompts)):
+        raise UsageProblem(f"the engine holds {longest} tokens; measuring needs at least {least}")
+    limit = limit_of(llm.engine)
+    clock.warm_up()
+    slowness, most = clock.slowness(limit), seconds or ROW_SECONDS[torch.device(limits.device).type]
+    timed: list[Timed] = []
+    for row in (ROWS[name] for name in ROWS if name in rows):
+        with _shown(row.label):
+            part = scale or scale_for(row, lambda job: slowness * limit.seconds(job), most, clock.vocabulary, longest)
+            timed.append(time_row(clock, row, scale=part))
+    measured: list[Measured] = []
+    if sweep:
+        with _shown("requests at once: 1, 2, 4, ..."):
+            measured.extend(levels(llm, seconds=SWEEP * most))
+    limit = limit.best(limit_of(llm.engine))  # another program may have been busy the first time
+    found = [Result(READY, "ready", "s", llm.engine.seconds_to_ready)] if READY in rows else []
+    found += [beside(limit, row, clock.vocabulary) for row in timed]
     threads = llm.engine.service.call(lambda core: torch.get_num_threads())  # of the engine's thread, not of this one
-    on, machine = torch.device(limits.device), machine_limits(llm)
     return Report(
-        model, limits.device, limits.weights, threads, llm.engine.seconds_to_ready, prompt_tokens, output_tokens,
-        requests, first, 1 / step, batched, machine.rate(1), machine.rate(requests), machine.bandwidth,
-        machine.products, machine.weight_bytes,
-        torch.cuda.max_memory_allocated(on) if on.type == "cuda" else peak_memory(),
+        model, limits.device, limits.weights, threads, longest, limits.max_num_seqs, found,
+        [level.beside(limit) for level in measured] if sweep else None,
+        limit.machine.bandwidth, limit.machine.products, limits.weight_bytes, peak_memory(torch.device(limits.device)),
     )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class MachineLimits:
-    """What a device can do, measured, and what a step asks of it."""
-
-    bandwidth: float
-    products: float
-    weight_bytes: int
-    parameters: int
-
-    def rate(self, rows: int) -> float:
-        """Tokens a second that steps of so many rows can make at most."""
-        return rows / max(self.weight_bytes / self.bandwidth, 2 * self.parameters * rows / self.products)
+def _wanted(rows: str) -> list[str]:
+    names = [name.strip() for name in rows.split(",") if name.strip()]
+    for name in names:
+        if name not in NAMES:
+            raise UsageProblem(f"rows: {name!r} is none of {', '.join(NAMES)}")
+    if not names:
+        raise UsageProblem(f"rows: name at least one of {', '.join(NAMES)}")
+    return names
 
 
-def machine_limits(llm: LLM) -> MachineLimits:
-    """Measured on the device of `llm`, in the type that its products have: 8-bit integers where weights stay packed."""
-    import torch
+def _check_plot(file: Path) -> None:
+    """What is wrong with `--plot` shows before anything is measured."""
+    from octavo.bench.plot import MISSING, available
 
-    from octavo.execute.packing import weight_count
-
-    limits, parameters = llm.engine.limits, weight_count(llm.engine.model_config)
-    on, kind = torch.device(limits.device), torch.int8 if limits.packed else getattr(torch, limits.dtype)
-    return MachineLimits(measure_bandwidth(on), measure_products(on, kind), limits.weight_bytes, parameters)
-
-
-def measure_bandwidth(device: torch.device) -> float:
-    """Bytes a second that all cores read together from memory: the best of several passes over 512 MiB."""
-    import torch
-    from octavo_kernels.cpu.compiler import available
-
-    if device.type == "cpu" and available():
-        from octavo_kernels.cpu.bandwidth import read_bandwidth
-
-        memory = zero_pages(1 << 29, large=True)
-        return read_bandwidth(memory.fill_(1), min(torch.get_num_threads(), usable_cores()))
-    data = torch.ones(1 << 27, dtype=torch.float32, device=device)
-    return float(data.numel() * 4 / _best(data.sum))
+    if file.suffix.lower() != ".png":
+        raise UsageProblem(f"plot writes a PNG: {file} must end in .png")
+    if not file.parent.is_dir():
+        raise UsageProblem(f"{file} cannot be written: {file.parent} is not a folder")
+    if not available():
+        raise UsageProblem(MISSING)
 
 
-def measure_products(device: object, dtype: object) -> float:
-    """Operations a second in one large product."""
-    import torch
+@contextmanager
+def _opened(model: str, settings: Mapping[str, object]) -> Iterator[LLM]:
+    """A model for random weights needs no tokenizer; it is then given one of a word."""
+    from octavo.bench.shapes import with_tokenizer
 
-    side = 8192 if str(device).startswith("cuda") else 2048
-    a = torch.ones(side, side, dtype=dtype, device=device)  # type: ignore[call-overload]
-    b = torch.ones(side, side, dtype=dtype, device=device)  # type: ignore[call-overload]
-    multiply = torch._int_mm if dtype == torch.int8 else torch.matmul
-    return float(2 * side**3 / _best(lambda: multiply(a, b)))
-
-
-def _best(function: Callable[[], object]) -> float:
-    import torch
-
-    seconds = []
-    for _ in range(6):
-        began = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+    place = Path(model).expanduser()
+    if settings["load_format"] != "dummy" or not place.is_dir():
+        with open_llm(model, **settings) as llm:
+            yield llm
+        return
+    with with_tokenizer(place) as folder, open_llm(str(folder), **settings) as llm:
+        yield llm
 
 
-def peak_memory() -> int | None:
-    """Most bytes of RAM that this process held at once."""
-    try:
-        import resource
-    except ImportError:
-        return None  # not on this system
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+@contextmanager
+def _shown(what: str) -> Iterator[None]:
+    """Say on a terminal what is being measured."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    began = time.monotonic()
+    out = console(stderr=True)
+    with out.status(what):
+        yield
+    out.print(f"[dim]{what}: {time.monotonic() - began:.0f} s[/dim]")
 
 
 def _print(report: Report) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     out = console()
     out.print(
-        f"[bold]{report.model}[/bold] on {report.device}, {report.weights}, {report.threads} threads; "
-        f"{report.prompt_tokens} tokens in, {report.output_tokens} out\n"
+        Text.assemble((report.model, "bold"), f" on {report.device}, {report.weights}, {report.threads} threads\n")
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for column in ("measured", "limit", "share"):
         table.add_column(column, justify="right")
-    table.add_row("ready after", f"{report.seconds_to_ready:.2f} s")
-    table.add_row("time to first token", f"{report.time_to_first_token * 1000:.0f} ms")
-    for name, value, limit in (
-        ("one request", report.single_tokens_per_second, report.single_limit),
-        (f"{report.requests} requests at once", report.batched_tokens_per_second, report.batched_limit),
-    ):
-        table.add_row(name, f"{value:.1f} tokens/s", f"{limit:.1f}", f"{100 * value / limit:.0f}%")
-    if report.memory_bytes:
-        table.add_row("memory at most", size(report.memory_bytes))
+    table.add_column("")
+    table.add_column("size")
+    for row in report.rows:
+        limit = "" if row.limit is None else _figure(row.limit)
+        reached = "" if row.share is None else f"{100 * row.share:.0f}%"
+        table.add_row(row.label, _figure(row.value), limit, reached, row.unit, "" if row.limit is None else _size(row))
     out.print(table)
+    if report.sweep:
+        out.print(_sweep_table(report.sweep))
+        if report.sweep[-1].concurrency < report.max_num_seqs:
+            out.print(f"[dim]stopped below {report.max_num_seqs} at once, for time[/dim]")
+    if report.memory_bytes:
+        out.print(f"\nmemory at most {size(report.memory_bytes)}")
+    units = "; ".join(f"{unit}: {meaning}" for unit, meaning in ABOUT.items() if unit in {r.unit for r in report.rows})
     out.print(
-        f"\n[dim]limit: {size(report.weight_bytes)} of weights are read once a step; this machine reads "
-        f"{size(report.bandwidth)}/s and multiplies {report.products_per_second / 1e9:.0f} GOP/s (both measured)."
-        "[/dim]"
+        f"\n[dim]{units}.\nlimit: weights ({size(report.weight_bytes)}) are read once a step, keys and values of all "
+        f"tokens too; this machine reads {size(report.bandwidth)}/s and multiplies "
+        f"{report.products_per_second / 1e9:.0f} GOP/s (both measured).\nsize: part of the full row's requests and of "
+        "their lengths; --scale 1 runs all.[/dim]"
     )
+
+
+def _sweep_table(levels: list[Level]) -> object:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left", title_style="")
+    first = levels[0]
+    table.title = f"\nRequests at once, {first.prompt_tokens} in, {first.output_tokens} out; latencies in ms"
+    for column in ("at once", "tokens/s", "limit", "share", "first token p50", "p90", "p99", "next token p50", "p90",
+                   "p99"):  # fmt: skip
+        table.add_column(column, justify="right")
+    for level in levels:
+        table.add_row(
+            str(level.concurrency), _figure(level.tokens_per_second), _figure(level.limit),
+            f"{100 * level.tokens_per_second / level.limit:.0f}%",
+            *(
+                _figure(1e3 * value)
+                for kind in (level.time_to_first_token, level.inter_token_latency)
+                for value in (kind.p50, kind.p90, kind.p99)
+            ),
+        )  # fmt: skip
+    return table
+
+
+def _size(row: Result) -> str:
+    whole = 1 / row.scale
+    text = "full" if row.scale == 1 else f"1/{whole:.0f}" if abs(whole - round(whole)) < 1e-6 else f"{row.scale:g}"
+    return f"{text}, shortened to what the engine holds" if row.shortened else text
+
+
+def _figure(value: float) -> str:
+    """Three digits that count, and none that are missing."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

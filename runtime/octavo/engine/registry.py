@@ -32,6 +32,7 @@ class Limits:
     dtype: str
     num_blocks: int
     block_size: int
+    max_num_seqs: int
     packed: bool
     """Weights are packed and steps run as programs of CPU kernels (see `models/llama_packed.py`)."""
     weights: str
@@ -132,7 +133,7 @@ def _start(config: EngineConfig, progress: Progress | None) -> Engine:
     limits = Limits(
         resolved.max_model_len, model_config.vocab_size, str(resolved.device),
         str(resolved.dtype).removeprefix("torch."), resolved.num_blocks, resolved.block_size,
-        resolved.packing is not None, held.name, held.bytes,
+        resolved.max_num_seqs, resolved.packing is not None, held.name, held.bytes,
     )  # fmt: skip
     return Engine(config, files, model_config, tokenizer.result(), service, limits, time.monotonic() - began)
 
