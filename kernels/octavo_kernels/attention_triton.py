@@ -291,7 +291,9 @@ def paged_attention_triton(
     for short in (True, False):
         if not short and max_query_len <= tiles.SHORT_QUERY:
             break
-        tile = tiles.attention_tiles(tiles.architecture(device), block_d, itemsize, group, short and not invariant)
+        whole = max_seq_len <= min_split and window <= 0
+        kind = "long" if invariant or not short else "whole" if whole else "short"
+        tile = tiles.attention_tiles(tiles.architecture(device), block_d, itemsize, group, kind)
         block_q = tile.block_m // group
         token_slots = min(tiles.SHORT_QUERY, max_query_len)
         tiles_each, split_slots, programs = 1, 1, 1
