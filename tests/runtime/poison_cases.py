@@ -17,7 +17,7 @@ def poison(core: EngineCore) -> int:
     Returns how many there were."""
     free: list[int] = core.scheduler.pool._free
     kv = core.runner.kv  # type: ignore[attr-defined]
-    for cache in (*kv.keys, *kv.values):
+    for cache in kv.tensors:
         cache[free] = float("nan")
     return len(free)
 

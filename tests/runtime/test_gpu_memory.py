@@ -155,7 +155,7 @@ def test_bytes_for_the_cache_are_honoured(tmp_path: Path) -> None:
     block = 2 * 2 * 2 * 16 * 32 * 2  # keys and values, layers, heads, slots, head size, bytes
     with LLM(str(path), kv_cache_memory=40 * block + 5, max_num_seqs=4, max_num_batched_tokens=64) as llm:
         assert llm.engine.limits.num_blocks == 40
-        shapes = llm.engine.service.call(lambda core: {tuple(cache.shape) for cache in core.runner.kv.keys})
+        shapes = llm.engine.service.call(lambda core: {tuple(cache.shape) for cache in core.runner.kv.tensors})
         assert shapes == {(40, 2, 16, 32)}
 
 

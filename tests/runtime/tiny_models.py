@@ -18,7 +18,7 @@ from octavo.config import EngineConfig
 from octavo.engine.blocks import BlockPool
 from octavo.engine.core import EngineCore
 from octavo.engine.scheduler import Scheduler
-from octavo.execute.build import Resolved, _kv_cache, attention_for, build_core, resolve_settings
+from octavo.execute.build import Resolved, attention_for, build_core, make_kv_cache, resolve_settings
 from octavo.execute.context import KVCache
 from octavo.execute.graphed_runner import GraphedRunner
 from octavo.execute.graphs import CallAgain, StepGraphs
@@ -145,7 +145,7 @@ class Parts:
             max_num_batched_tokens=resolved.max_num_batched_tokens, clock=time.monotonic,
         )  # fmt: skip
         table = RowTable(max_num_seqs, length, block_size, self.config.vocab_size, self.device)
-        kv = _kv_cache(self.config, resolved)
+        kv = make_kv_cache(self.config, resolved)
         return EngineCore(scheduler, self._runner(resolved, kv, table, model), depth=depth)
 
     def _runner(self, resolved: Resolved, kv: KVCache, table: RowTable, model: Any) -> Runner:

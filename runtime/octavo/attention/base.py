@@ -4,6 +4,7 @@ result."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,16 +13,23 @@ if TYPE_CHECKING:
     from octavo.execute.context import StepInputs
 
 
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """Keys and values of one layer, each `[num_blocks, KH, block_size, D]`."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    scales: torch.Tensor | None = None
+    """`[2, KH]` fp32, where they are FP8: what keys and values are to be multiplied with."""
+
+
 class PreparedAttention(ABC):
     """One step's attention: everything that is the same for all layers is already computed."""
 
     @abstractmethod
-    def attend(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, scale: float, window: int
-    ) -> torch.Tensor:
-        """Causal attention of the step's queries `[T, H, D]` over the cached keys and values `[blocks, KH, slot, D]`,
-        in which this step's own are written already. `window` > 0: only keys less than so many positions back. `[T, H,
-        D]`."""
+    def attend(self, q: torch.Tensor, cache: LayerCache, *, scale: float, window: int) -> torch.Tensor:
+        """Causal attention of the step's queries `[T, H, D]` over cached keys and values, in which this step's own are
+        written already. `window` > 0: only keys less than so many positions back. `[T, H, D]`."""
 
 
 class AttentionBackend(ABC):

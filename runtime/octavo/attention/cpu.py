@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from octavo.attention.base import AttentionBackend, PreparedAttention
+from octavo.attention.base import AttentionBackend, LayerCache, PreparedAttention
 from octavo.execute.context import StepInputs
 
 KV_PAD = 64
@@ -189,16 +189,14 @@ class _Prepared(PreparedAttention):
             first += count
         return parts
 
-    def attend(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, scale: float, window: int
-    ) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, cache: LayerCache, *, scale: float, window: int) -> torch.Tensor:
         if self.order is not None:
             q = q.index_select(0, self.order)
         out = torch.empty_like(q) if q.shape[0] == self.tokens else torch.zeros_like(q)
         width = self.block_size * q.shape[2]
-        keys, values = k_cache.view(-1, width), v_cache.view(-1, width)
+        keys, values = cache.keys.view(-1, width), cache.values.view(-1, width)
         for part in self.parts:
-            work = part.workspace(self.scratch, q, k_cache.shape[1], self.row_multiple, self.block_size)
+            work = part.workspace(self.scratch, q, cache.keys.shape[1], self.row_multiple, self.block_size)
             work.queries.copy_(q[part.tokens].view(work.queries.shape))
             torch.index_select(keys, 0, work.index, out=work.blocks)
             torch.bmm(work.rows, work.dense.transpose(1, 2), out=work.scores)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from octavo_kernels import paged_attention_reference
 
-from octavo.attention.base import AttentionBackend, PreparedAttention
+from octavo.attention.base import AttentionBackend, LayerCache, PreparedAttention
 from octavo.execute.context import StepInputs
 
 
@@ -22,11 +22,10 @@ class _Prepared(PreparedAttention):
         self.inputs = inputs
         self.block_table = inputs.block_table.index_select(0, inputs.rows)
 
-    def attend(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, scale: float, window: int
-    ) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, cache: LayerCache, *, scale: float, window: int) -> torch.Tensor:
         step = self.inputs
         return paged_attention_reference(
-            q, k_cache, v_cache, self.block_table, step.query_start, step.seq_lens,
+            q, cache.keys, cache.values, self.block_table, step.query_start, step.seq_lens,
             max_query_len=step.max_query_len, max_seq_len=step.max_seq_len, scale=scale, window=window,
+            kv_scales=cache.scales,
         )  # fmt: skip

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from octavo_kernels import paged_attention, tiles
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from octavo.attention.base import AttentionBackend, PreparedAttention
+from octavo.attention.base import AttentionBackend, LayerCache, PreparedAttention
 from octavo.execute.context import StepInputs
 
 LENGTH_STEP = 256
@@ -80,38 +80,47 @@ class _Prepared(PreparedAttention):
         self.inputs, self.table, self.fresh, self.longest = inputs, table, fresh, longest
         self.min_split, self.invariant = min_split, invariant
 
-    def attend(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, scale: float, window: int
-    ) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, cache: LayerCache, *, scale: float, window: int) -> torch.Tensor:
         step = self.inputs
         fresh = self.fresh if window <= 0 else []
         if len(fresh) == 1 and fresh[0].count == len(q):  # nothing to put together
-            return _whole_prompt(q, k_cache, v_cache, fresh[0].blocks, scale)
+            return _whole_prompt(q, cache, fresh[0].blocks, scale)
         if len(fresh) == len(step.rows):
             out = torch.empty_like(q)
         else:
             out = paged_attention(
-                q, k_cache, v_cache, self.table, step.query_start, step.seq_lens, max_query_len=step.max_query_len,
-                max_seq_len=step.max_seq_len, scale=scale, window=window, longest_fresh=self.longest if fresh else 0,
-                shared_splits=step.shared_parts if window <= 0 else None, min_split=self.min_split,
-                invariant=self.invariant,
+                q, cache.keys, cache.values, self.table, step.query_start, step.seq_lens,
+                max_query_len=step.max_query_len, max_seq_len=step.max_seq_len, scale=scale, window=window,
+                longest_fresh=self.longest if fresh else 0, shared_splits=step.shared_parts if window <= 0 else None,
+                min_split=self.min_split, kv_scales=cache.scales, invariant=self.invariant,
             )  # fmt: skip
         for prompt in fresh:
             here = slice(prompt.begin, prompt.begin + prompt.count)
-            out[here] = _whole_prompt(q[here], k_cache, v_cache, prompt.blocks, scale)
+            out[here] = _whole_prompt(q[here], cache, prompt.blocks, scale)
         return out
 
 
-def _whole_prompt(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, blocks: torch.Tensor, scale: float
-) -> torch.Tensor:
+def _whole_prompt(q: torch.Tensor, cache: LayerCache, blocks: torch.Tensor, scale: float) -> torch.Tensor:
     """Causal attention of `q` [count, H, D] to as many keys. What follows them is behind the causal mask."""
-    k, v = (cache.index_select(0, blocks).transpose(0, 1).flatten(1, 2)[None] for cache in (k_cache, v_cache))
+    k = _gathered(cache.keys, blocks, None if cache.scales is None else cache.scales[0], q.dtype)
+    v = _gathered(cache.values, blocks, None if cache.scales is None else cache.scales[1], q.dtype)
     missing = k.shape[2] - len(q)
     padded = (F.pad(q, (0, 0, 0, 0, 0, missing)) if missing else q).transpose(0, 1)[None]
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]):
         out = F.scaled_dot_product_attention(padded, k, v, is_causal=True, scale=scale, enable_gqa=True)
     return out[0].transpose(0, 1)[: len(q)]
+
+
+def _gathered(
+    cache: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """[1, KH, tokens, D] what lies in `blocks`, in `dtype`."""
+    if scales is None:
+        found = cache.index_select(0, blocks)
+    else:  # torch picks no FP8 by index
+        stored = cache.view(torch.uint8).index_select(0, blocks).view(cache.dtype)
+        found = (stored.float() * scales[:, None, None]).to(dtype)
+    return found.transpose(0, 1).flatten(1, 2)[None]
 
 
 def plan_long_prompts(

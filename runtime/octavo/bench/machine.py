@@ -73,7 +73,7 @@ def model_work(config: ModelConfig, weight_bytes: int, cache_item: int) -> Model
 
 def _cache_item(engine: Engine) -> int:
     """Bytes of a number in the cache, as it is, whatever type it has."""
-    return int(engine.service.call(lambda core: cast(Any, core.runner).kv.keys[0].element_size()))
+    return int(engine.service.call(lambda core: cast(Any, core.runner).kv.layers[0].keys.element_size()))
 
 
 def measure_bandwidth(device: torch.device) -> float:

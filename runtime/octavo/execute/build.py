@@ -3,7 +3,6 @@ Runs on the engine's thread."""
 
 from __future__ import annotations
 
-import math
 import time
 import traceback
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from octavo.errors import ConfigError
 from octavo.execute.context import KVCache
 from octavo.execute.graphed_runner import GraphedRunner
 from octavo.execute.graphs import CudaRecorder, StepGraphs
+from octavo.execute.kv_cache import FP8, cpu_cache, gpu_cache, measure_scales
 from octavo.execute.model import Model
 from octavo.execute.packing import choose_packing, held_weights
 from octavo.execute.runner import Runner
@@ -40,7 +40,7 @@ from octavo.execute.sizing import (
 )
 from octavo.execute.table import RowTable
 from octavo.host import usable_cores
-from octavo.host_memory import give_back_memory, zero_pages
+from octavo.host_memory import give_back_memory
 from octavo.layers.linear import ProductMaker, invariant_product, product_with
 from octavo.models.cache import cache_dir
 from octavo.models.config import ModelConfig
@@ -67,6 +67,7 @@ class Resolved:
     """How weights are packed, where steps run as programs of CPU kernels."""
     sizes: Sizes | None = None
     """On a GPU: by which the cache is sized again when the weights are loaded."""
+    fp8_cache: bool = False
 
 
 Progress = Callable[[str, int, int | None], None]
@@ -102,7 +103,7 @@ def _build(
         with open_dummy() if dummy else open_weights(files, model_config) as reader:
             recipe = noise_recipe(resolved.packing) if dummy else RECIPES[resolved.packing](reader)
             weights = load_packed(reader, model_config, recipe, progress)
-        kv = _kv_cache(model_config, resolved)
+        kv = make_kv_cache(model_config, resolved)
         with torch.inference_mode():
             model = PackedLlama(
                 model_config, weights, kv, max_len=resolved.max_model_len, max_tokens=resolved.max_num_batched_tokens,
@@ -122,7 +123,13 @@ def _build(
         )  # fmt: skip
         if before is not None:
             resolved = _sized_again(config, resolved, before)
-        kv = _kv_cache(model_config, resolved)
+        scales = None
+        if resolved.fp8_cache:
+            scales = measure_scales(
+                model, model_config, attention, block_size=resolved.block_size, dtype=resolved.dtype,
+                device=resolved.device, max_len=resolved.max_model_len,
+            )  # fmt: skip
+        kv = make_kv_cache(model_config, resolved, scales)
     pool = BlockPool(resolved.num_blocks, resolved.block_size, caching=config.enable_prefix_caching)
     scheduler = Scheduler(
         pool,
@@ -143,6 +150,14 @@ def _build(
         graphs.capture()
         runner = GraphedRunner(model, kv, table, attention, graphs)
     return EngineCore(scheduler, runner, depth=resolved.depth, turns=turns), resolved
+
+
+def make_kv_cache(model: ModelConfig, resolved: Resolved, scales: list[torch.Tensor] | None = None) -> KVCache:
+    """`scales`: of each layer, where it is in FP8."""
+    blocks, size, dtype, device = resolved.num_blocks, resolved.block_size, resolved.dtype, resolved.device
+    if device.type == "cuda":
+        return gpu_cache(model, blocks, size, FP8 if resolved.fp8_cache else dtype, device, scales)
+    return cpu_cache(model, blocks, size, dtype, packed=resolved.packing is not None)
 
 
 def _sized_again(config: EngineConfig, resolved: Resolved, before: Card) -> Resolved:
@@ -190,8 +205,9 @@ def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig
             f"max_num_batched_tokens={max_batched} is less than max_num_seqs={max_num_seqs}: every running sequence "
             "needs a token of the budget", "max_num_batched_tokens",
         )  # fmt: skip
-    item = torch.empty(0, dtype=dtype).element_size()
-    block_bytes = 2 * model.num_layers * model.num_kv_heads * block_size * model.head_dim * item
+    fp8_cache = _fp8_cache(config, device)
+    block_bytes = 2 * model.num_layers * model.num_kv_heads * block_size * model.head_dim
+    block_bytes *= FP8.itemsize if fp8_cache else dtype.itemsize
     weights = held_weights(model, packing, dtype).bytes
     if (config.max_model_len or 0) > model.max_position:
         raise ConfigError(
@@ -199,7 +215,7 @@ def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig
             "for", "max_model_len",
         )  # fmt: skip
     sizes = Sizes(
-        model=model, itemsize=item, block_size=block_size, block_bytes=block_bytes, max_num_seqs=max_num_seqs,
+        model=model, itemsize=dtype.itemsize, block_size=block_size, block_bytes=block_bytes, max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_batched, max_len=config.max_model_len or model.max_position,
         deterministic=config.deterministic,
     )  # fmt: skip
@@ -210,7 +226,7 @@ def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig
     max_len = usable_length(config, model.max_position, num_blocks, block_size)
     return Resolved(
         device, dtype, block_size, num_blocks, max_len, max_num_seqs, max_batched, 1 if gpu else 0, packing,
-        sizes if gpu else None,
+        sizes if gpu else None, fp8_cache,
     )  # fmt: skip
 
 
@@ -220,6 +236,22 @@ def _device(config: EngineConfig) -> torch.device:
             raise ConfigError("device='cuda' was asked for, but torch sees no GPU: use device='cpu'", "device")
         return torch.device(config.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _fp8_cache(config: EngineConfig, device: torch.device) -> bool:
+    if config.kv_cache_dtype == "auto":
+        return False
+    asked = f"kv_cache_dtype={config.kv_cache_dtype!r}"
+    if device.type != "cuda":
+        raise ConfigError(f"{asked} needs an NVIDIA GPU: leave it out on the CPU", "kv_cache_dtype")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        have = ".".join(map(str, capability))
+        raise ConfigError(
+            f"{asked} needs a GPU of compute capability 8.9 or above (this one has {have}): leave it out",
+            "kv_cache_dtype",
+        )
+    return True
 
 
 def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
@@ -246,19 +278,3 @@ def limit_torch_threads() -> int:
     if threads < torch.get_num_threads():
         torch.set_num_threads(threads)
     return threads
-
-
-def _kv_cache(model: ModelConfig, resolved: Resolved) -> KVCache:
-    layers, blocks = model.num_layers, resolved.num_blocks
-    block = (model.num_kv_heads, resolved.block_size, model.head_dim)
-    if resolved.device.type == "cuda":
-        made = [torch.zeros(blocks, *block, dtype=resolved.dtype, device=resolved.device) for _ in range(2 * layers)]
-        return KVCache(made[::2], made[1::2])
-    item = torch.empty(0, dtype=resolved.dtype).element_size()
-    size = 2 * layers * blocks * math.prod(block) * item
-    if resolved.packing is None:
-        made = list(zero_pages(size, large=False).view(resolved.dtype).view(2 * layers, blocks, *block))
-        return KVCache(made[::2], made[1::2])
-    # all layers of a block lie together: memory is taken block by block, as they are first used, also in large pages
-    whole = zero_pages(size, large=True).view(resolved.dtype).view(blocks, layers, 2, *block)
-    return KVCache([whole[:, n, 0] for n in range(layers)], [whole[:, n, 1] for n in range(layers)])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from octavo.attention.base import PreparedAttention
+from octavo.attention.base import LayerCache, PreparedAttention
 
 
 @dataclass(slots=True)
@@ -41,17 +41,22 @@ class StepInputs:
     """[1] int32: see `AttentionBackend.shared_parts`. None: not asked for."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class KVCache:
-    """Keys and values of all layers, each `[num_blocks, KH, block_size, D]`. Block 0 stays zero."""
+    """Keys and values of all layers. Block 0 stays zero."""
 
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
+    layers: list[LayerCache]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them, each `[num_blocks, KH, block_size, D]`."""
+        return [cache for layer in self.layers for cache in (layer.keys, layer.values)]
 
     def copy_blocks(self, sources: torch.Tensor, destinations: torch.Tensor) -> None:
         """Copy whole blocks; all sources are read before any destination is written."""
-        for cache in (*self.keys, *self.values):
-            cache.index_copy_(0, destinations, cache.index_select(0, sources))
+        for cache in self.tensors:
+            plain = cache.view(torch.uint8) if cache.itemsize == 1 else cache  # torch copies no FP8 by index
+            plain.index_copy_(0, destinations, plain.index_select(0, sources))
 
 
 @dataclass(slots=True)

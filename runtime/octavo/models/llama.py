@@ -45,13 +45,13 @@ class LlamaLayer:
         self, x: torch.Tensor, residual: torch.Tensor | None, cos_sin: torch.Tensor, rope: RopeStep | None,
         context: ForwardContext,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        inputs, k_cache, v_cache = context.inputs, context.kv.keys[self.index], context.kv.values[self.index]
+        inputs, cache = context.inputs, context.kv.layers[self.index]
         normed, residual = fused_add_rms_norm(x, residual, self.attention_norm, self.eps)
         q = rope_and_cache(
-            self.qkv(normed), cos_sin, inputs.positions, inputs.slots, k_cache, v_cache, self.heads, self.kv_heads,
-            q_norm=self.q_norm, k_norm=self.k_norm, eps=self.eps, step=rope,
+            self.qkv(normed), cos_sin, inputs.positions, inputs.slots, cache.keys, cache.values, self.heads,
+            self.kv_heads, q_norm=self.q_norm, k_norm=self.k_norm, eps=self.eps, kv_scales=cache.scales, step=rope,
         )  # fmt: skip
-        attended = context.attention.attend(q, k_cache, v_cache, scale=self.scale, window=self.window)
+        attended = context.attention.attend(q, cache, scale=self.scale, window=self.window)
         x = self.out(attended.flatten(1))
         normed, residual = fused_add_rms_norm(x, residual, self.mlp_norm, self.eps)
         return self.down(self.gate_up(normed)), residual
@@ -59,13 +59,13 @@ class LlamaLayer:
     def forward_row(self, x: torch.Tensor, cos_sin: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """The same for a step of one token: `x` is the residual stream, whose norms and sums are parts of the products
         (see `row_linear`)."""
-        inputs, k_cache, v_cache = context.inputs, context.kv.keys[self.index], context.kv.values[self.index]
+        inputs, cache = context.inputs, context.kv.layers[self.index]
         qkv = row_linear(x, self.qkv.weight, self.qkv.bias, norm=self.attention_norm, eps=self.eps)
         q = rope_and_cache(
-            qkv, cos_sin, inputs.positions, inputs.slots, k_cache, v_cache, self.heads, self.kv_heads,
-            q_norm=self.q_norm, k_norm=self.k_norm, eps=self.eps,
+            qkv, cos_sin, inputs.positions, inputs.slots, cache.keys, cache.values, self.heads, self.kv_heads,
+            q_norm=self.q_norm, k_norm=self.k_norm, eps=self.eps, kv_scales=cache.scales,
         )  # fmt: skip
-        attended = context.attention.attend(q, k_cache, v_cache, scale=self.scale, window=self.window)
+        attended = context.attention.attend(q, cache, scale=self.scale, window=self.window)
         x = row_linear(attended.flatten(1), self.out.weight, self.out.bias, residual=x)
         gate_up = self.gate_up
         inner = row_linear(x, gate_up.weight, gate_up.bias, norm=self.mlp_norm, eps=self.eps, gated=True)
@@ -112,7 +112,7 @@ class LlamaFamily:
             for layer in self.layers:
                 x = layer.forward_row(x, self.cos_sin, context)
             return fused_add_rms_norm(x, None, self.final_norm, self.config.rms_norm_eps)[0]
-        rope = prepare_rope(self.cos_sin, inputs.positions, inputs.slots, context.kv.keys[0])
+        rope = prepare_rope(self.cos_sin, inputs.positions, inputs.slots, context.kv.layers[0].keys)
         for layer in self.layers:
             x, residual = layer.forward(x, residual, self.cos_sin, rope, context)
         normed, _ = fused_add_rms_norm(x, residual, self.final_norm, self.config.rms_norm_eps)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from octavo.attention.base import AttentionBackend, PreparedAttention
+from octavo.attention.base import AttentionBackend, LayerCache, PreparedAttention
 from octavo.execute.context import ForwardContext, KVCache, StepInputs
 from octavo.layers.rope import cos_sin_table
 from octavo.models.config import ModelConfig
@@ -49,9 +49,7 @@ class ProgramAttention(AttentionBackend):
 
 
 class _InProgram(PreparedAttention):
-    def attend(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, scale: float, window: int
-    ) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, cache: LayerCache, *, scale: float, window: int) -> torch.Tensor:
         raise RuntimeError("the attention of a packed model runs in its program")
 
 
@@ -123,7 +121,7 @@ class PackedLlama:
         table = self._weights.embedding
         steps: list[_Step] = [(kernels.embed(table), [table.quants, table.scales, table.minima, b.residual])]
         for index, layer in enumerate(layers):
-            keys, values = self._kv.keys[index], self._kv.values[index]
+            keys, values = self._kv.layers[index].keys, self._kv.layers[index].values
             stride = keys.stride(0) * keys.element_size()
             steps += [
                 (kernels.norm(quantised=True), [b.residual, layer.attention_norm, b.bytes, b.planes]),
