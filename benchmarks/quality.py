@@ -1,4 +1,5 @@
-"""What do formats cost in quality? The default model as it runs by itself, in bfloat16, int8 and int4, against float32.
+"""What do formats cost in quality? The default model as it runs by itself, in bfloat16, int8 and int4, against float32;
+on a GPU in bfloat16, with an FP8 KV cache, and deterministic.
 
     python benchmarks/quality.py [--python llama.cpp=PATH] [--json results.json]
 
@@ -17,12 +18,19 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import torch
+
 PIECE = 500
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 TEXT = Path(__file__).parent / "data" / "us-constitution.txt"
 KINDS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"}, "default": {},
     "int8": {"quantization": "int8"}, "int4": {"quantization": "int4"},
+}  # fmt: skip
+ON_GPU: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"},
+    "FP8 cache": {"dtype": "bfloat16", "kv_cache_dtype": "fp8"},
+    "determin.": {"dtype": "bfloat16", "deterministic": True},
 }  # fmt: skip
 
 
@@ -70,7 +78,8 @@ def main() -> None:
     engine, _, path = (given.python or "llama.cpp=").partition("=")
     if engine != "llama.cpp":
         parser.error(f"--python {given.python}: only llama.cpp is measured here")
-    found = {kind: measure(settings) for kind, settings in KINDS.items()}
+    kinds = ON_GPU if torch.cuda.is_available() else KINDS
+    found = {kind: measure(settings) for kind, settings in kinds.items()}
     if path:
         found["llama.cpp"] = measure_llama_cpp(path)
     exact = found["float32"]
