@@ -71,7 +71,7 @@ def test_replayed_steps_equal_those_one_by_one(family: str, depth: int, tmp_path
     assert tokens_of(core, work) == wanted
     assert {shape.decoding for shape in replayed} == {True, False}
     assert {shape.entries for shape in replayed if not shape.decoding} == {8, 16}
-    assert core.steps - 3 <= replayed.total() < core.steps  # steps of 200 tokens are longer than any graph
+    assert replayed.total() == core.steps
 
 
 @pytest.mark.parametrize("common", [15, 16, 70])

@@ -39,10 +39,11 @@ class AttentionBackend(ABC):
     row_multiple: int = 1
     """Steps are padded to a multiple of so many tokens, where the products would otherwise depend on the batch."""
 
-    most_recorded: int = 4096
-    """Steps of more tokens are not recorded as graphs: for them `prepare` is given the counts of the host."""
+    longest_own: int = 4096
+    """Longer prompts that come whole may go to a library, which must be told their lengths: steps with such a prompt
+    are not replayed, as `prepare` is given the counts of the host then."""
     prompt_step: int | None = None
-    """But a longer prompt that comes whole and alone is, rounded up to a multiple of this; None: it is not."""
+    """But one that comes alone is replayed, rounded up to a multiple of this; None: there is no library."""
     shares_prefixes: bool = False
     """Decoding sequences that begin with the same blocks can attend to them at once (see `shared_parts`)."""
 

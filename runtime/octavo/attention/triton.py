@@ -64,12 +64,12 @@ class TritonAttention(AttentionBackend):
         table = inputs.block_table.index_select(0, inputs.rows)
         fresh, begin = [], 0
         for entry, (count, length) in enumerate(zip(inputs.counts, inputs.lengths, strict=True)):
-            if self.library and count == length > self.most_recorded:
+            if self.library and count == length > self.longest_own:
                 blocks = -(-count // LENGTH_STEP) * LENGTH_STEP // inputs.block_size
                 fresh.append(Fresh(begin, count, F.pad(table[entry, :blocks], (0, max(0, blocks - table.shape[1])))))
             begin += count
         split = self.min_split(len(inputs.rows)) if inputs.shared_parts is None else tiles.MIN_SPLIT
-        return _Prepared(inputs, table, fresh, self.most_recorded, split, self.invariant)
+        return _Prepared(inputs, table, fresh, self.longest_own, split, self.invariant)
 
 
 class _Prepared(PreparedAttention):
@@ -130,7 +130,7 @@ def plan_long_prompts(
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     try:
-        for length in range(TritonAttention.most_recorded + LENGTH_STEP, longest + LENGTH_STEP, LENGTH_STEP):
+        for length in range(TritonAttention.longest_own + LENGTH_STEP, longest + LENGTH_STEP, LENGTH_STEP):
             q, k = (torch.zeros(1, count, length, head_dim, dtype=dtype, device=device) for count in (heads, kv_heads))
             with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
                 F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)

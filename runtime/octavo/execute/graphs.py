@@ -11,6 +11,7 @@ Called by `graphed_runner.py`. Why graphs: on the host that was measured an oper
 
 from __future__ import annotations
 
+import gc
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -34,6 +35,8 @@ SHARING = 8
 """Sequences from which on a common prefix is attended to by all at once."""
 FEW, FEW_TOKENS = 8, 512
 """Sequences of the graphs for prompts that come alone or nearly so, and up to how many tokens there are such."""
+SOME_TOKENS = (16, 128, 1024)
+"""Of steps with prompts in them: tiles of kernels differ between these, and not beyond."""
 Replay = Callable[[], None]
 
 
@@ -59,8 +62,8 @@ def sharing_sizes_up_to(most: int) -> list[int]:
 def token_sizes_up_to(most: int) -> list[int]:
     """Of steps with prompts in them: from 16 tokens on at most a half is padding, from 256 on a fifth."""
     sizes = [16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024]
-    sizes += [1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096]
-    return [size for size in sizes if size <= most]
+    sizes += [1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, *range(5120, 8192, 1024), *range(8192, most, 2048), most]
+    return sorted({size for size in sizes if size <= most})
 
 
 _FREE_STREAMS: dict[int, list[torch.cuda.Stream]] = {}
@@ -142,10 +145,10 @@ class StepGraphs:
         self.staging = Staging(rows, rows + max_tokens // table.block_size, table.device)
         self._decode_sizes = sizes_up_to(rows)
         self._sharing_sizes = sharing_sizes_up_to(rows) if attention.shares_prefixes else []
-        self._token_sizes = token_sizes_up_to(min(max_tokens, attention.most_recorded))
+        self._token_sizes = token_sizes_up_to(max_tokens)
         self._entry_sizes = sorted({min(FEW, rows), rows})
         step = attention.prompt_step
-        self._prompt_sizes = list(range(attention.most_recorded + step, max_tokens + 1, step)) if step else []
+        self._prompt_sizes = list(range(attention.longest_own + step, max_tokens + 1, step)) if step else []
         self.hidden = torch.zeros(max_tokens, hidden, dtype=dtype, device=table.device)
         """[tokens, hidden], final states of the step that ran last."""
         self._inputs = torch.zeros(3, max_tokens, dtype=torch.int64, device=table.device)
@@ -165,11 +168,10 @@ class StepGraphs:
     def capture(self) -> None:
         """Record everything. Kernels that a step needs are compiled before the first recording."""
         shapes = self.shapes()
-        by_kind = {replace(shape, tokens=0, entries=0): shape for shape in reversed(shapes)}  # the largest of each
-        small = [Shape(size, size, True) for size in self._decode_sizes if size in (1, FEW)]  # attended to otherwise
+        examples = _examples(shapes)
 
         def every_kind() -> None:
-            for shape in (*by_kind.values(), *small):
+            for shape in examples:
                 self._run(shape)
                 self._draw_some(shape.entries)
             self._filter_some()
@@ -180,6 +182,7 @@ class StepGraphs:
                 self._forward[shape] = self._record(partial(self._run, shape))
             for size in reversed(self._decode_sizes):
                 self._draw[size] = self._record(partial(self._draw_some, size))
+        gc.collect()  # all that a start made is looked through now (0.08 s), or it would be amid the first requests
 
     # ---------------------------------------------------------------- each step
 
@@ -213,10 +216,9 @@ class StepGraphs:
             padded = _smallest(self._sharing_sizes if sharing else self._decode_sizes, size) or size
             undivided = not sharing and longest <= self._undivided(padded)
             return Shape(padded, padded, True, sharing=sharing, undivided=undivided)
-        if size == 1 and plan.steps[0].start == 0 and tokens > self._attention.most_recorded:
-            longer = _smallest(self._prompt_sizes, tokens)
-            if longer:
-                return Shape(longer, 1, False, whole_prompt=True)
+        if self._prompt_sizes and any(s.start == 0 and s.count > self._attention.longest_own for s in plan.steps):
+            longer = _smallest(self._prompt_sizes, tokens) if size == 1 else None
+            return Shape(longer or tokens, size, False, whole_prompt=longer is not None)
         padded = _smallest(self._token_sizes, tokens) or tokens
         return Shape(padded, _smallest(self._entry_sizes_of(padded), size) or size, False)
 
@@ -272,6 +274,18 @@ class StepGraphs:
             longs = torch.zeros(rows, dtype=torch.int64, device=device)
             top_k_top_p_min_p(logits, ones, longs.to(torch.int32), ones, ones)
             gumbel_sample(logits, ones, longs, longs)
+
+
+def _examples(shapes: Sequence[Shape]) -> list[Shape]:
+    """Of shapes, largest first, some that have every kernel in them, and take little time: all of 8192 tokens of an 8B
+    model would take half a second."""
+    decoding = {replace(shape, tokens=0, entries=0): shape for shape in reversed(shapes) if shape.decoding}
+    alike = {shape.tokens: shape for shape in shapes if not shape.decoding and not shape.whole_prompt}
+    prompts = [shape for shape in shapes if shape.whole_prompt]
+    few = [Shape(size, size, True) for size in (1, FEW) if Shape(size, size, True) in shapes]
+    some = {min((tokens for tokens in alike if tokens >= wanted), default=max(alike, default=0))
+            for wanted in SOME_TOKENS}  # fmt: skip
+    return [*decoding.values(), *few, *(alike[tokens] for tokens in some if tokens), *prompts[-1:]]
 
 
 def _smallest(sizes: list[int], wanted: int) -> int | None:

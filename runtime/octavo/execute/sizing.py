@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import torch
 from octavo_kernels import tiles
 
-from octavo.attention.base import AttentionBackend
 from octavo.attention.cpu import KV_PAD
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
@@ -87,8 +86,6 @@ class Sizes:
     def recorded(self) -> int:
         """Of recorded steps: their memory, which all share, and the driver's."""
         longest = self.max_num_batched_tokens
-        if self.itemsize > 2:  # no library takes part, and longer steps are not recorded
-            longest = min(longest, AttentionBackend.most_recorded)
         logits = self.max_num_seqs * self.model.vocab_size * self.itemsize
         graphs = 2 * len(sizes_up_to(self.max_num_seqs)) + len(sharing_sizes_up_to(self.max_num_seqs))
         graphs += 2 * len(token_sizes_up_to(longest)) + longest // 256
