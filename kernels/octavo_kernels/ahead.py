@@ -7,7 +7,7 @@ assembler and the C compiler of launchers release the interpreter's lock, so thr
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -18,9 +18,10 @@ THREADS = 8
 
 
 @contextmanager
-def compiled_ahead() -> Iterator[None]:
-    """What this thread launches inside is not run but noted, once for each form; at the end all is compiled and loaded.
-    Launches of other threads run. Raises what a compilation raises."""
+def compiled_ahead(meanwhile: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """What this thread launches inside is not run but noted, once for each form; at the end all is compiled and loaded,
+    while this thread does something else `meanwhile`. Launches of other threads run. Raises what a compilation
+    raises."""
     from triton.runtime.jit import JITFunction
 
     original, here, device = JITFunction.run, threading.get_ident(), torch.cuda.current_device()
@@ -29,8 +30,7 @@ def compiled_ahead() -> Iterator[None]:
     def note(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         if threading.get_ident() != here:
             return original(self, *args, grid=grid, warmup=warmup, **kwargs)
-        form = (id(self), *map(_form, args), *((name, _form(value)) for name, value in kwargs.items()))
-        noted.setdefault(form, (self, args, kwargs))
+        noted.setdefault(_form(self, args, kwargs), (self, args, kwargs))
         return None
 
     JITFunction.run = note
@@ -47,13 +47,27 @@ def compiled_ahead() -> Iterator[None]:
 
     longest_first = sorted(noted.values(), key=lambda launch: -len(launch[0].src))
     with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(compile_one, longest_first))
+        compiled = [pool.submit(compile_one, launch) for launch in longest_first]
+        meanwhile()
+        for one in compiled:
+            one.result()
 
 
-def _form(value: Any) -> Any:
-    """What Triton may distinguish of an argument; more than that costs a look-up, less would leave out a kernel."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
-    if isinstance(value, int) and not isinstance(value, bool) and value > 16:
-        return "int", value % 16 == 0, value >= 2**31
-    return value if not isinstance(value, float) else "float"
+def _form(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What Triton distinguishes of a launch: the same form twice would be compiled twice, at the same time."""
+    parameters = {parameter.name: parameter for parameter in function.params}
+    values = dict(zip(parameters, args, strict=False)) | kwargs
+    found = []
+    for name, value in values.items():
+        parameter = parameters.get(name)
+        if isinstance(value, torch.Tensor):
+            value = value.dtype, value.data_ptr() % 16 == 0
+        elif parameter is None or parameter.is_constexpr:
+            pass  # an option such as the number of warps, or a constant
+        elif isinstance(value, int) and not isinstance(value, bool):
+            special = () if parameter.do_not_specialize else (value == 1, value % 16 == 0)
+            value = "int", value >= 2**31, *special
+        elif isinstance(value, float):
+            value = "float"
+        found.append((name, value))
+    return id(function), *found

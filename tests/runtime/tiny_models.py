@@ -149,7 +149,7 @@ class Parts:
         return EngineCore(scheduler, self._runner(resolved, kv, table, model), depth=depth)
 
     def _runner(self, resolved: Resolved, kv: KVCache, table: RowTable, model: Any) -> Runner:
-        return Runner(model or self.model, kv, table, attention_for(self.device, self.dtype, self.config, 0))
+        return Runner(model or self.model, kv, table, attention_for(self.device, self.dtype, self.config))
 
 
 class PackedParts(Parts):

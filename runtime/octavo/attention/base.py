@@ -57,5 +57,10 @@ class AttentionBackend(ABC):
         `longest` tokens each, are better attended to together; 0: it makes no difference here."""
         return 0
 
+    def get_ready(self, max_tokens: int) -> None:
+        """Called once, before steps of up to so many tokens are recorded. Sets `prompt_step`; may take seconds, outside
+        of Python."""
+        self.prompt_step = None
+
     @abstractmethod
     def prepare(self, inputs: StepInputs) -> PreparedAttention: ...

@@ -7,6 +7,7 @@ numbers alone. cuDNN plans for each length, so lengths are rounded up, and all a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,18 +34,24 @@ class Fresh:
 
 
 class TritonAttention(AttentionBackend):
-    """`library`: use cuDNN where it is faster (see `plan_long_prompts`). `invariant_to`: when above 0, what a token
-    gets does not depend on how its sequence is cut into steps, nor on its neighbours; for sequences up to this length.
-    """
+    """`plan`: makes cuDNN ready for prompts up to so many tokens and says whether it can be used where it is faster
+    (see `plan_long_prompts`). `invariant_to`: when above 0, what a token gets does not depend on how its sequence is
+    cut into steps, nor on its neighbours; for sequences up to this length."""
 
     default_block_size = 16
 
-    def __init__(self, kv_heads: int, *, library: bool = False, invariant_to: int = 0) -> None:
-        self.kv_heads, self.library, self.invariant = kv_heads, library, invariant_to > 0
-        self.prompt_step = LENGTH_STEP if library else None
+    def __init__(
+        self, kv_heads: int, *, plan: Callable[[int], bool] = lambda longest: False, invariant_to: int = 0
+    ) -> None:
+        self.kv_heads, self.invariant, self._plan = kv_heads, invariant_to > 0, plan
+        self.library = False
         self.shares_prefixes = not self.invariant
         needed = -(-invariant_to // tiles.MAX_INVARIANT_SPLITS)
         self._one_split = max(tiles.MIN_SPLIT, 1 << (needed - 1).bit_length()) if self.invariant else 0
+
+    def get_ready(self, max_tokens: int) -> None:
+        self.library = self._plan(max_tokens)
+        self.prompt_step = LENGTH_STEP if self.library else None
 
     def min_split(self, sequences: int) -> int:
         """Keys in a split, at least: the fewer programs there are without splitting, the smaller."""

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from octavo_kernels.cpu.compiler import keep_objects_in
@@ -118,7 +119,7 @@ def _build(
             device=resolved.device, progress=progress, product=product_for(resolved.device, config.deterministic),
         )  # fmt: skip
         attention = attention_for(
-            resolved.device, resolved.dtype, model_config, resolved.max_num_batched_tokens,
+            resolved.device, resolved.dtype, model_config,
             invariant_to=model_config.max_position + 1 if config.deterministic else 0,  # on every machine the same
         )  # fmt: skip
         if before is not None:
@@ -161,7 +162,7 @@ def make_kv_cache(model: ModelConfig, resolved: Resolved, scales: list[torch.Ten
 
 
 def _sized_again(config: EngineConfig, resolved: Resolved, before: Card) -> Resolved:
-    """The weights are loaded, the libraries planned: blocks for the memory that is now left of what was `before`."""
+    """The weights are loaded: blocks for the memory that is now left of what was `before`."""
     assert resolved.sizes is not None
     now = replace(Card.of(resolved.device), context=before.context)
     taken = max(before.free - now.free, 0)
@@ -171,16 +172,16 @@ def _sized_again(config: EngineConfig, resolved: Resolved, before: Card) -> Reso
 
 
 def attention_for(
-    device: torch.device, dtype: torch.dtype, model: ModelConfig, max_tokens: int, invariant_to: int = 0
+    device: torch.device, dtype: torch.dtype, model: ModelConfig, invariant_to: int = 0
 ) -> AttentionBackend:
-    """Ready to run steps of up to `max_tokens`, as far as a library takes part in it. `invariant_to`: when above 0,
-    bits depend on a sequence alone; for lengths up to this. On the CPU they do so anyway."""
+    """`invariant_to`: when above 0, bits depend on a sequence alone; for lengths up to this. On the CPU they do so
+    anyway."""
     if device.type != "cuda":
         return CpuAttention(dtype)
     if invariant_to:
         return TritonAttention(model.num_kv_heads, invariant_to=invariant_to)
-    library = plan_long_prompts(device, dtype, model.num_heads, model.num_kv_heads, model.head_dim, max_tokens)
-    return TritonAttention(model.num_kv_heads, library=library)
+    heads = model.num_heads, model.num_kv_heads, model.head_dim
+    return TritonAttention(model.num_kv_heads, plan=partial(plan_long_prompts, device, dtype, *heads))
 
 
 def product_for(device: torch.device, deterministic: bool) -> ProductMaker:

@@ -43,8 +43,8 @@ Replay = Callable[[], None]
 class Recorder(Protocol):
     """Makes a function out of what another one does."""
 
-    def prepare(self, function: Callable[[], None]) -> None:
-        """Run `function` once, so that nothing is left to be compiled when it is recorded."""
+    def prepare(self, function: Callable[[], None], meanwhile: Callable[[], None]) -> None:
+        """Run `function` once, so that nothing is left to be compiled when it is recorded; and something else."""
 
     def __call__(self, function: Callable[[], None]) -> Replay: ...
 
@@ -83,8 +83,8 @@ class CudaRecorder:
         self._graphs: list[torch.cuda.CUDAGraph] = []
         weakref.finalize(self, _give_up, self._graphs, self._stream, free).atexit = False
 
-    def prepare(self, function: Callable[[], None]) -> None:
-        with compiled_ahead():
+    def prepare(self, function: Callable[[], None], meanwhile: Callable[[], None]) -> None:
+        with compiled_ahead(meanwhile):
             function()
         function()
 
@@ -112,7 +112,8 @@ def _give_up(graphs: list[torch.cuda.CUDAGraph], stream: torch.cuda.Stream, free
 class CallAgain:
     """The recorder of devices without graphs."""
 
-    def prepare(self, function: Callable[[], None]) -> None:
+    def prepare(self, function: Callable[[], None], meanwhile: Callable[[], None]) -> None:
+        meanwhile()
         function()
 
     def __call__(self, function: Callable[[], None]) -> Replay:
@@ -147,8 +148,8 @@ class StepGraphs:
         self._sharing_sizes = sharing_sizes_up_to(rows) if attention.shares_prefixes else []
         self._token_sizes = token_sizes_up_to(max_tokens)
         self._entry_sizes = sorted({min(FEW, rows), rows})
-        step = attention.prompt_step
-        self._prompt_sizes = list(range(attention.longest_own + step, max_tokens + 1, step)) if step else []
+        self._max_tokens = max_tokens
+        self._prompt_sizes: list[int] = []
         self.hidden = torch.zeros(max_tokens, hidden, dtype=dtype, device=table.device)
         """[tokens, hidden], final states of the step that ran last."""
         self._inputs = torch.zeros(3, max_tokens, dtype=torch.int64, device=table.device)
@@ -167,8 +168,7 @@ class StepGraphs:
     @torch.inference_mode()
     def capture(self) -> None:
         """Record everything. Kernels that a step needs are compiled before the first recording."""
-        shapes = self.shapes()
-        examples = _examples(shapes)
+        examples, longest, own = _examples(self.shapes()), self._max_tokens, self._attention.longest_own
 
         def every_kind() -> None:
             for shape in examples:
@@ -176,7 +176,11 @@ class StepGraphs:
                 self._draw_some(shape.entries)
             self._filter_some()
 
-        self._record.prepare(every_kind)
+        self._record.prepare(every_kind, meanwhile=lambda: self._attention.get_ready(longest))
+        if (step := self._attention.prompt_step) and (sizes := range(own + step, longest + 1, step)):
+            self._prompt_sizes = list(sizes)
+            self._run(Shape(sizes[0], 1, False, whole_prompt=True))
+        shapes = self.shapes()
         with collector_paused():  # a collection during a capture might free memory that belongs to it
             for shape in shapes:
                 self._forward[shape] = self._record(partial(self._run, shape))
@@ -280,12 +284,11 @@ def _examples(shapes: Sequence[Shape]) -> list[Shape]:
     """Of shapes, largest first, some that have every kernel in them, and take little time: all of 8192 tokens of an 8B
     model would take half a second."""
     decoding = {replace(shape, tokens=0, entries=0): shape for shape in reversed(shapes) if shape.decoding}
-    alike = {shape.tokens: shape for shape in shapes if not shape.decoding and not shape.whole_prompt}
-    prompts = [shape for shape in shapes if shape.whole_prompt]
+    alike = {shape.tokens: shape for shape in shapes if not shape.decoding}
     few = [Shape(size, size, True) for size in (1, FEW) if Shape(size, size, True) in shapes]
     some = {min((tokens for tokens in alike if tokens >= wanted), default=max(alike, default=0))
             for wanted in SOME_TOKENS}  # fmt: skip
-    return [*decoding.values(), *few, *(alike[tokens] for tokens in some if tokens), *prompts[-1:]]
+    return [*decoding.values(), *few, *(alike[tokens] for tokens in some if tokens)]
 
 
 def _smallest(sizes: list[int], wanted: int) -> int | None:
