@@ -17,11 +17,12 @@ class PreparedAttention(ABC):
 
     @abstractmethod
     def attend(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, scale: float, window: int
-    ) -> torch.Tensor:
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, scale: float, window: int,
+        kv_scales: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Causal attention of the step's queries `[T, H, D]` over the cached keys and values `[blocks, KH, slot, D]`,
-        in which this step's own are written already. `window` > 0: only keys less than so many positions back. `[T, H,
-        D]`."""
+        in which this step's own are written already. `window` > 0: only keys less than so many positions back.
+        `kv_scales`: of an FP8 cache (see `KVCache`), which only a GPU's back end is given. `[T, H, D]`."""
 
 
 class AttentionBackend(ABC):

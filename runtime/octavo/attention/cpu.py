@@ -190,8 +190,9 @@ class _Prepared(PreparedAttention):
         return parts
 
     def attend(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, scale: float, window: int
-    ) -> torch.Tensor:
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, scale: float, window: int,
+        kv_scales: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         if self.order is not None:
             q = q.index_select(0, self.order)
         out = torch.empty_like(q) if q.shape[0] == self.tokens else torch.zeros_like(q)

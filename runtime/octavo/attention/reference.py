@@ -23,10 +23,12 @@ class _Prepared(PreparedAttention):
         self.block_table = inputs.block_table.index_select(0, inputs.rows)
 
     def attend(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, scale: float, window: int
-    ) -> torch.Tensor:
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, scale: float, window: int,
+        kv_scales: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         step = self.inputs
         return paged_attention_reference(
             q, k_cache, v_cache, self.block_table, step.query_start, step.seq_lens,
             max_query_len=step.max_query_len, max_seq_len=step.max_seq_len, scale=scale, window=window,
+            kv_scales=kv_scales,
         )  # fmt: skip

@@ -62,12 +62,13 @@ class _Prepared(PreparedAttention):
         self.min_split = tiles.FEW_SPLIT if few else tiles.MIN_SPLIT
 
     def attend(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, scale: float, window: int
-    ) -> torch.Tensor:
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, scale: float, window: int,
+        kv_scales: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         step = self.inputs
         fresh = self.fresh if window <= 0 else []
         if len(fresh) == 1 and fresh[0].count == len(q):  # nothing to put together
-            return _whole_prompt(q, k_cache, v_cache, fresh[0].blocks, scale)
+            return _whole_prompt(q, k_cache, v_cache, kv_scales, fresh[0].blocks, scale)
         if len(fresh) == len(step.rows):
             out = torch.empty_like(q)
         else:
@@ -75,23 +76,35 @@ class _Prepared(PreparedAttention):
                 q, k_cache, v_cache, self.table, step.query_start, step.seq_lens, max_query_len=step.max_query_len,
                 max_seq_len=step.max_seq_len, scale=scale, window=window, longest_fresh=self.longest if fresh else 0,
                 shared_splits=step.shared_parts if window <= 0 else None, min_split=self.min_split,
+                kv_scales=kv_scales,
             )  # fmt: skip
         for prompt in fresh:
             here = slice(prompt.begin, prompt.begin + prompt.count)
-            out[here] = _whole_prompt(q[here], k_cache, v_cache, prompt.blocks, scale)
+            out[here] = _whole_prompt(q[here], k_cache, v_cache, kv_scales, prompt.blocks, scale)
         return out
 
 
 def _whole_prompt(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, blocks: torch.Tensor, scale: float
-) -> torch.Tensor:
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, kv_scales: torch.Tensor | None,
+    blocks: torch.Tensor, scale: float,
+) -> torch.Tensor:  # fmt: skip
     """Causal attention of `q` [count, H, D] to as many keys. What follows them is behind the causal mask."""
-    k, v = (cache.index_select(0, blocks).transpose(0, 1).flatten(1, 2)[None] for cache in (k_cache, v_cache))
+    if kv_scales is None:
+        k, v = (cache.index_select(0, blocks).transpose(0, 1).flatten(1, 2)[None] for cache in (k_cache, v_cache))
+    else:
+        k, v = (_gather_fp8(*part, blocks, q.dtype) for part in zip((k_cache, v_cache), kv_scales, strict=True))
     missing = k.shape[2] - len(q)
     padded = (F.pad(q, (0, 0, 0, 0, 0, missing)) if missing else q).transpose(0, 1)[None]
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]):
         out = F.scaled_dot_product_attention(padded, k, v, is_causal=True, scale=scale, enable_gqa=True)
     return out[0].transpose(0, 1)[: len(q)]
+
+
+def _gather_fp8(cache: torch.Tensor, scales: torch.Tensor, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[1, KH, blocks * slots, D] of `dtype`. Exact where the scales are powers of two, as `fp8_cache` makes them."""
+    stored = cache.view(torch.uint8).index_select(0, blocks).view(cache.dtype).transpose(0, 1)
+    wide = torch.empty(stored.shape, dtype=dtype, device=stored.device).copy_(stored)  # one pass for type and order
+    return wide.mul_(scales[:, None, None, None]).flatten(1, 2)[None]
 
 
 def plan_long_prompts(

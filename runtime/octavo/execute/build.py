@@ -23,6 +23,7 @@ from octavo.engine.scheduler import Scheduler
 from octavo.engine.turns import PROCESS_CORES, Turn
 from octavo.errors import ConfigError
 from octavo.execute.context import KVCache
+from octavo.execute.fp8_cache import calibrated_scales, choose_cache_dtype
 from octavo.execute.graphed_runner import GraphedRunner
 from octavo.execute.graphs import CudaRecorder, StepGraphs
 from octavo.execute.model import Model
@@ -57,6 +58,8 @@ class Resolved:
     depth: int
     packing: Packing | None = None
     """How weights are packed, where steps run as programs of CPU kernels."""
+    cache_dtype: torch.dtype | None = None
+    """Type of the KV cache, where it is not `dtype`."""
 
 
 def build_core(
@@ -101,9 +104,15 @@ def build_core(
     if resolved.device.type != "cuda":
         runner = Runner(model, kv, table, attention)
     else:
+        recorder = CudaRecorder()
+        if resolved.cache_dtype is not None:
+            kv.scales = calibrated_scales(
+                model, model_config, recorder, dtype=resolved.dtype, device=resolved.device,
+                max_tokens=min(resolved.max_model_len, resolved.max_num_batched_tokens),
+            )  # fmt: skip
         graphs = StepGraphs(
             model, kv, table, attention, max_tokens=resolved.max_num_batched_tokens,
-            hidden=model_config.hidden_size, dtype=resolved.dtype, recorder=CudaRecorder(),
+            hidden=model_config.hidden_size, dtype=resolved.dtype, recorder=recorder,
         )  # fmt: skip
         graphs.capture()
         runner = GraphedRunner(model, kv, table, attention, graphs)
@@ -125,6 +134,7 @@ def attention_for(
 def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> Resolved:
     """Decide everything that is left to the machine. Raises `ConfigError` for what it cannot do."""
     device = _device(config)
+    cache_dtype = choose_cache_dtype(config, device)
     packing = choose_packing(config, files, model, device)
     dtype = torch.bfloat16 if packing else _dtype(config, model, device)
     gpu = device.type == "cuda"
@@ -138,7 +148,7 @@ def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig
             f"max_num_batched_tokens={max_batched} is less than max_num_seqs={max_num_seqs}: every running sequence "
             "needs a token of the budget", "max_num_batched_tokens",
         )  # fmt: skip
-    item = torch.empty(0, dtype=dtype).element_size()
+    item = (cache_dtype or dtype).itemsize
     block_bytes = 2 * model.num_layers * model.num_kv_heads * block_size * model.head_dim * item
     weights = held_weights(model, packing, dtype).bytes
     num_blocks = _num_blocks(config, model, device, weights, block_bytes, block_size, max_num_seqs)
@@ -154,7 +164,9 @@ def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig
             f"max_model_len={max_len} does not fit into a KV cache of {capacity} tokens: lower it, or raise "
             "num_blocks, kv_cache_memory or gpu_memory_utilization", "max_model_len",
         )  # fmt: skip
-    return Resolved(device, dtype, block_size, num_blocks, max_len, max_num_seqs, max_batched, 1 if gpu else 0, packing)
+    return Resolved(
+        device, dtype, block_size, num_blocks, max_len, max_num_seqs, max_batched, 1 if gpu else 0, packing, cache_dtype
+    )
 
 
 def _device(config: EngineConfig) -> torch.device:
@@ -233,7 +245,8 @@ def _kv_cache(model: ModelConfig, resolved: Resolved) -> KVCache:
     layers, blocks = model.num_layers, resolved.num_blocks
     block = (model.num_kv_heads, resolved.block_size, model.head_dim)
     if resolved.device.type == "cuda":
-        made = [torch.zeros(blocks, *block, dtype=resolved.dtype, device=resolved.device) for _ in range(2 * layers)]
+        dtype = resolved.cache_dtype or resolved.dtype
+        made = [torch.zeros(blocks, *block, dtype=dtype, device=resolved.device) for _ in range(2 * layers)]
         return KVCache(made[::2], made[1::2])
     item = torch.empty(0, dtype=resolved.dtype).element_size()
     size = 2 * layers * blocks * math.prod(block) * item

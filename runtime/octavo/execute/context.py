@@ -3,6 +3,7 @@ cache."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,10 +48,17 @@ class KVCache:
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+    scales: Sequence[torch.Tensor | None] = ()
+    """For each layer `[2, KH]`, what keys and values of an FP8 cache are to be multiplied with; None in others."""
+
+    def __post_init__(self) -> None:
+        self.scales = self.scales or [None] * len(self.keys)
 
     def copy_blocks(self, sources: torch.Tensor, destinations: torch.Tensor) -> None:
         """Copy whole blocks; all sources are read before any destination is written."""
         for cache in (*self.keys, *self.values):
+            if cache.itemsize == 1:  # torch does not copy numbers of FP8 by index on every device, but it does bytes
+                cache = cache.view(torch.uint8)
             cache.index_copy_(0, destinations, cache.index_select(0, sources))
 
 

@@ -46,12 +46,15 @@ class LlamaLayer:
         context: ForwardContext,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         inputs, k_cache, v_cache = context.inputs, context.kv.keys[self.index], context.kv.values[self.index]
+        kv_scales = context.kv.scales[self.index]
         normed, residual = fused_add_rms_norm(x, residual, self.attention_norm, self.eps)
         q = rope_and_cache(
             self.qkv(normed), cos_sin, inputs.positions, inputs.slots, k_cache, v_cache, self.heads, self.kv_heads,
-            q_norm=self.q_norm, k_norm=self.k_norm, eps=self.eps, step=rope,
+            q_norm=self.q_norm, k_norm=self.k_norm, eps=self.eps, kv_scales=kv_scales, step=rope,
         )  # fmt: skip
-        attended = context.attention.attend(q, k_cache, v_cache, scale=self.scale, window=self.window)
+        attended = context.attention.attend(
+            q, k_cache, v_cache, scale=self.scale, window=self.window, kv_scales=kv_scales
+        )
         x = self.out(attended.flatten(1))
         normed, residual = fused_add_rms_norm(x, residual, self.mlp_norm, self.eps)
         return self.down(self.gate_up(normed)), residual
@@ -60,12 +63,15 @@ class LlamaLayer:
         """The same for a step of one token: `x` is the residual stream, whose norms and sums are parts of the products
         (see `row_linear`)."""
         inputs, k_cache, v_cache = context.inputs, context.kv.keys[self.index], context.kv.values[self.index]
+        kv_scales = context.kv.scales[self.index]
         qkv = row_linear(x, self.qkv.weight, self.qkv.bias, norm=self.attention_norm, eps=self.eps)
         q = rope_and_cache(
             qkv, cos_sin, inputs.positions, inputs.slots, k_cache, v_cache, self.heads, self.kv_heads,
-            q_norm=self.q_norm, k_norm=self.k_norm, eps=self.eps,
+            q_norm=self.q_norm, k_norm=self.k_norm, eps=self.eps, kv_scales=kv_scales,
         )  # fmt: skip
-        attended = context.attention.attend(q, k_cache, v_cache, scale=self.scale, window=self.window)
+        attended = context.attention.attend(
+            q, k_cache, v_cache, scale=self.scale, window=self.window, kv_scales=kv_scales
+        )
         x = row_linear(attended.flatten(1), self.out.weight, self.out.bias, residual=x)
         gate_up = self.gate_up
         inner = row_linear(x, gate_up.weight, gate_up.bias, norm=self.mlp_norm, eps=self.eps, gated=True)

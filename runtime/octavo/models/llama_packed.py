@@ -50,8 +50,9 @@ class ProgramAttention(AttentionBackend):
 
 class _InProgram(PreparedAttention):
     def attend(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, scale: float, window: int
-    ) -> torch.Tensor:
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, scale: float, window: int,
+        kv_scales: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         raise RuntimeError("the attention of a packed model runs in its program")
 
 
