@@ -12,7 +12,7 @@ from core_driver import Driver
 from octavo import LLM, SamplingParams
 from octavo.attention.base import AttentionBackend, PreparedAttention
 from octavo.attention.reference import ReferenceAttention
-from octavo.attention.triton import _gather_fp8
+from octavo.attention.triton import _gather_fp8, _whole_prompt
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
 from octavo.execute import fp8_cache
@@ -22,6 +22,7 @@ from octavo.execute.fp8_cache import FP8, calibrated_scales, choose_cache_dtype
 from octavo.execute.graphs import CallAgain
 from octavo.execute.runner import Runner
 from octavo.execute.table import RowTable
+from octavo_kernels import paged_attention_reference
 from tiny_models import FAMILIES, GraphedParts, Parts, make_model
 
 PROMPTS = [[(7 * i + 3 * n) % 290 + 5 for i in range(length)] for n, length in enumerate((1, 16, 17, 40, 130))]
@@ -182,6 +183,20 @@ def test_gathered_keys_of_a_long_prompt_are_exact() -> None:
         wanted = (cache.float() * scales[:, None, None])[blocks].transpose(0, 1).reshape(1, 3, 12, 8)
         assert found.dtype == dtype
         assert torch.equal(found.float(), wanted)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_whole_prompt_by_torch_is_that_of_our_own_attention(kv_heads: int) -> None:
+    q, scales = torch.randn(50, 4, 64), 2.0 ** torch.randint(-4, 3, (2, kv_heads))
+    k, v = (torch.randn(6, kv_heads, 16, 64).to(FP8) for _ in range(2))
+    blocks = torch.tensor([3, 1, 5, 2, 0, 0])  # the last two only round the length up
+    found = _whole_prompt(q, k, v, scales, blocks, 0.125)
+    ends = torch.tensor([0, 50], dtype=torch.int32)
+    wanted = paged_attention_reference(
+        q, k, v, blocks[None].to(torch.int32), ends, ends[1:], max_query_len=50, max_seq_len=50, scale=0.125,
+        kv_scales=scales,
+    )  # fmt: skip
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "fp8_e4m3"])
