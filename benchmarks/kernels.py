@@ -129,13 +129,16 @@ class Bench:
                 out = torch.empty_like(q)
 
                 run = partial(
-                    paged_attention, q, cache[0], cache[1], table, starts, ends, max_query_len=max(counts),
+                    paged_attention, q, block_table=table, query_start=starts, seq_lens=ends, max_query_len=max(counts),
                     max_seq_len=max(lengths), scale=size**-0.5, out=out,
                 )  # fmt: skip
 
                 pairs = sum(c * (n - c) + c * (c + 1) // 2 for c, n in sequences)
-                size_kv = 2 * 2 * kv_heads * size * sum(lengths)
-                self.add("paged_attention", f"{model} {label}", run, size_kv + 4 * q.numel(), 4 * pairs * heads * size)
+                size_kv, flop = 2 * 2 * kv_heads * size * sum(lengths), 4 * pairs * heads * size
+                self.add("paged_attention", f"{model} {label}", partial(run, *cache), size_kv + 4 * q.numel(), flop)
+                if torch.cuda.get_device_capability(self.device) >= (8, 9):
+                    eight = partial(run, *cache.to(torch.float8_e4m3fn), kv_scales=torch.ones(2, kv_heads).to(q.device))
+                    self.add("paged_attention FP8", f"{model} {label}", eight, size_kv / 2 + 4 * q.numel(), flop)
 
     def layers(self) -> None:
         for model, (heads, kv_heads, size, hidden, inner) in MODELS.items():

@@ -1,7 +1,7 @@
 """What do formats cost in quality? The default model as it runs by itself, in bfloat16, int8 and int4, against float32;
-on a GPU in bfloat16, with an FP8 KV cache, and deterministic.
+on a GPU in bfloat16, with an ordinary KV cache and with one of FP8, and deterministic.
 
-    python benchmarks/quality.py [--python llama.cpp=PATH] [--json results.json]
+    python benchmarks/quality.py [--kinds NAME ...] [--piece 500] [--python llama.cpp=PATH] [--json results.json]
 
 Over a public-domain text (the Constitution of the United States) in pieces of 500 tokens: perplexity, the mean and root
 mean square difference of a token's log-probability, and how often the most likely token is the same. And the two most
@@ -20,31 +20,29 @@ from typing import Any
 
 import torch
 
-PIECE = 500
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 TEXT = Path(__file__).parent / "data" / "us-constitution.txt"
 KINDS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"}, "default": {},
     "int8": {"quantization": "int8"}, "int4": {"quantization": "int4"},
+    "fp8 cache": {"dtype": "bfloat16", "kv_cache_dtype": "fp8"},
+    "determ.": {"dtype": "bfloat16", "deterministic": True},
 }  # fmt: skip
-ON_GPU: dict[str, dict[str, Any]] = {
-    "float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"},
-    "FP8 cache": {"dtype": "bfloat16", "kv_cache_dtype": "fp8"},
-    "determin.": {"dtype": "bfloat16", "deterministic": True},
-}  # fmt: skip
+ON_CPU, ON_GPU = ["bfloat16", "default", "int8", "int4"], ["bfloat16", "fp8 cache", "determ."]
 
 
-def text_pieces(llm: Any) -> list[list[int]]:
+def text_pieces(llm: Any, size: int) -> list[list[int]]:
     ids = llm.tokenizer.encode(TEXT.read_text())
-    return [ids[start : start + PIECE] for start in range(0, len(ids), PIECE)]
+    return [ids[start : start + size] for start in range(0, len(ids), size)]
 
 
-def measure(settings: dict[str, Any]) -> dict[str, Any]:
+def measure(settings: dict[str, Any], piece: int) -> dict[str, Any]:
     from octavo import LLM, SamplingParams
 
     with LLM(**settings) as llm:
         logprobs, best = [], []
-        for output in llm.generate(text_pieces(llm), SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)):
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+        for output in llm.generate(text_pieces(llm, piece), params):
             for token, entry in zip(output.prompt_token_ids[1:], (output.prompt_logprobs or [])[1:], strict=True):
                 assert entry is not None
                 logprobs.append(entry[token].logprob)
@@ -55,13 +53,13 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     return {"logprobs": logprobs, "best": best, "first": firsts}
 
 
-def measure_llama_cpp(python: str) -> dict[str, Any]:
+def measure_llama_cpp(python: str, piece: int) -> dict[str, Any]:
     """The same pieces and the same file through llama.cpp, which gets the token ids that Octavo's tokenizer made."""
     from octavo import LLM
     from octavo.models.sources import DEFAULT_MODEL, resolve
 
     with LLM(dtype="bfloat16") as llm:
-        pieces = text_pieces(llm)
+        pieces = text_pieces(llm, piece)
     command = [python, str(Path(__file__).with_name("quality_llama_cpp.py")), str(resolve(DEFAULT_MODEL).path)]
     done = subprocess.run(command, input=json.dumps(pieces), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -73,15 +71,18 @@ def measure_llama_cpp(python: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", metavar="llama.cpp=PATH", help="an interpreter that has llama-cpp-python")
+    others = [name for name in KINDS if name != "float32"]
+    parser.add_argument("--kinds", nargs="+", choices=others, metavar="NAME", help=f"of {', '.join(others)}")
+    parser.add_argument("--piece", type=int, default=500, help="tokens that are read at once")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     engine, _, path = (given.python or "llama.cpp=").partition("=")
     if engine != "llama.cpp":
         parser.error(f"--python {given.python}: only llama.cpp is measured here")
-    kinds = ON_GPU if torch.cuda.is_available() else KINDS
-    found = {kind: measure(settings) for kind, settings in kinds.items()}
+    kinds = given.kinds or (ON_GPU if torch.cuda.is_available() else ON_CPU)
+    found = {kind: measure(KINDS[kind], given.piece) for kind in ("float32", *kinds)}
     if path:
-        found["llama.cpp"] = measure_llama_cpp(path)
+        found["llama.cpp"] = measure_llama_cpp(path, given.piece)
     exact = found["float32"]
     count = len(exact["logprobs"])
     report = {}

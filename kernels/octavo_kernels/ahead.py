@@ -61,7 +61,8 @@ def _form(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for name, value in values.items():
         parameter = parameters.get(name)
         if isinstance(value, torch.Tensor):
-            value = value.dtype, value.data_ptr() % 16 == 0
+            anywhere = parameter is not None and parameter.do_not_specialize_on_alignment
+            value = value.dtype, anywhere or value.data_ptr() % 16 == 0
         elif parameter is None or parameter.is_constexpr:
             pass  # an option such as the number of warps, or a constant
         elif isinstance(value, int) and not isinstance(value, bool):

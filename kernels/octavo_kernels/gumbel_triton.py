@@ -56,7 +56,7 @@ def log_exponential(bits):
     return tl.log(tl.where(v < 0.0625, series, -tl.log(1 - v)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["temperature", "seeds", "positions"])  # parts of larger tensors, as a rule
 def best_of_tile_kernel(
     logits, temperature, seeds, positions, best_score, best_token, vocab, logits_stride, TILE: tl.constexpr
 ):

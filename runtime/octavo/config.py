@@ -78,7 +78,9 @@ class EngineConfig:
             raise ConfigError("model must be a folder, a GGUF file or a model id, e.g. 'Qwen/Qwen3-0.6B'", "model")
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("dtype", self.dtype, DTYPES)
-        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            message = f"kv_cache_dtype={self.kv_cache_dtype!r} is not supported: use 'auto', or 'fp8' on a GPU"
+            raise ConfigError(message, "kv_cache_dtype")
         if self.quantization not in (None, *QUANTIZATIONS):
             known = ", ".join(map(repr, QUANTIZATIONS))
             message = f"quantization={self.quantization!r} is not supported yet: leave it out, or use one of {known}"

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from octavo_kernels.ahead import _form
 from octavo_kernels.attention_triton import join_splits_kernel
+from octavo_kernels.gumbel_triton import best_of_tile_kernel
 from octavo_kernels.norm_triton import add_rms_norm_kernel
 
 FLOATS, INTS = torch.zeros(64), torch.zeros(64, dtype=torch.int32)
@@ -29,6 +30,10 @@ def join(slots: int, out: torch.Tensor = FLOATS, **constants: Any) -> Any:
 def test_numbers_that_are_not_specialised_on_make_no_difference() -> None:
     assert join(1) == join(2) == join(16) == join(32)
     assert join(2) != join(2**31)
+    longs = torch.zeros(64, dtype=torch.int64)
+    unaligned = [_form(best_of_tile_kernel, (FLOATS, FLOATS, longs, at, FLOATS, INTS, 300, 300), {"TILE": 64})
+                 for at in (longs, longs[1:])]  # fmt: skip
+    assert unaligned[0] == unaligned[1]
 
 
 def test_what_triton_specialises_on_does() -> None:

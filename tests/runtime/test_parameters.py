@@ -234,7 +234,7 @@ def test_bad_messages_are_refused(llm: LLM, messages: Any) -> None:
     ("name", "value"),
     [
         ("tensor_parallel_size", 2), ("pipeline_parallel_size", 2), ("data_parallel_size", 2), ("quantization", "awq"),
-        ("quantization", "fp8"), ("kv_cache_dtype", "fp8"), ("speculative_config", {"model": "x"}),
+        ("quantization", "fp8"), ("kv_cache_dtype", "fp8_e5m2"), ("speculative_config", {"model": "x"}),
         ("enable_lora", True), ("enable_chunked_prefill", False), ("tokenizer", "other"), ("tokenizer_mode", "slow"),
         ("cpu_offload_gb", 4), ("swap_space", 4), ("max_modellen", 5), ("no_such_thing", 1),
         ("gpu_memory_utilization", 0), ("gpu_memory_utilization", 1.1), ("gpu_memory_utilization", True),

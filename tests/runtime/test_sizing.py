@@ -114,8 +114,8 @@ def test_the_default_is_moderate_and_holds_the_length_that_was_asked_for() -> No
 ])  # fmt: skip
 def test_an_error_names_numbers_and_what_it_proposes_fits(settings: dict[str, Any]) -> None:
     seen: set[str] = set()
-    for gib in range(8, 72):
-        card = Card(gib * GIB - GIB // 2, gib * GIB, GIB // 2)
+    for quarters in range(32, 288):
+        card = Card(quarters * GIB // 4 - GIB // 2, quarters * GIB // 4, GIB // 2)
         try:
             blocks(config(**settings), card)
             continue

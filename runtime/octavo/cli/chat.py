@@ -210,8 +210,8 @@ class Session:
         tokens = self._length(self.turns) if self.turns else 0
         print(f"conversation: {len(self.turns) // 2} turns, {tokens} of {limits.max_model_len} tokens")
         print(
-            f"KV cache: {stats.blocks_total} blocks of {limits.block_size} tokens; {stats.blocks_used} used, "
-            f"{stats.blocks_cached} cached, {stats.blocks_free} free"
+            f"KV cache: {stats.blocks_total} blocks of {limits.block_size} tokens in {limits.kv_cache_dtype}; "
+            f"{stats.blocks_used} used, {stats.blocks_cached} cached, {stats.blocks_free} free"
         )
         print(f"engine: {limits.device}, {limits.weights}, {stats.steps} steps, {stats.preemptions} preemptions")
         used = _resident()

@@ -38,6 +38,7 @@ class Limits:
     weights: str
     """How the weights are held, for a report: "bfloat16", "int4", "Q4_1 + Q8_0 (GGUF)"."""
     weight_bytes: int
+    kv_cache_dtype: str
 
 
 @dataclass(slots=True)
@@ -134,6 +135,7 @@ def _start(config: EngineConfig, progress: Progress | None) -> Engine:
         resolved.max_model_len, model_config.vocab_size, str(resolved.device),
         str(resolved.dtype).removeprefix("torch."), resolved.num_blocks, resolved.block_size,
         resolved.max_num_seqs, resolved.packing is not None, held.name, held.bytes,
+        "float8_e4m3fn" if resolved.fp8_cache else str(resolved.dtype).removeprefix("torch."),
     )  # fmt: skip
     return Engine(config, files, model_config, tokenizer.result(), service, limits, time.monotonic() - began)
 

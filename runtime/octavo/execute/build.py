@@ -51,6 +51,9 @@ from octavo.models.packed_weights import RECIPES, Packing, load_packed, noise_re
 from octavo.models.sources import ModelFiles
 from octavo.models.weights import open_dummy, open_weights
 
+FP8_CAPABILITY = (8, 9)
+"""Of the first GPUs that convert e4m3 (Ada)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
@@ -242,16 +245,13 @@ def _device(config: EngineConfig) -> torch.device:
 def _fp8_cache(config: EngineConfig, device: torch.device) -> bool:
     if config.kv_cache_dtype == "auto":
         return False
-    asked = f"kv_cache_dtype={config.kv_cache_dtype!r}"
+    asked = f"kv_cache_dtype={config.kv_cache_dtype!r} needs an NVIDIA GPU of compute capability 8.9 or more"
     if device.type != "cuda":
-        raise ConfigError(f"{asked} needs an NVIDIA GPU: leave it out on the CPU", "kv_cache_dtype")
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 9):
-        have = ".".join(map(str, capability))
-        raise ConfigError(
-            f"{asked} needs a GPU of compute capability 8.9 or above (this one has {have}): leave it out",
-            "kv_cache_dtype",
-        )
+        raise ConfigError(f"{asked}, this engine runs on {device.type!r}: leave it out", "kv_cache_dtype")
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < FP8_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(f"{asked}, {name} has {major}.{minor}: leave it out", "kv_cache_dtype")
     return True
 
 

@@ -3,7 +3,8 @@
 FP8 (e4m3: 4 bits of exponent, 3 of mantissa) halves what a step reads of keys and values. A number keeps its relative
 precision of 2^-4 from 2^-6 to 448, so a scale need not be exact: it only has to bring the largest numbers of a head
 below 448 and the usual ones well above 2^-6. So scales are measured once, when the engine starts, on some hundred
-random tokens, with room for numbers that are larger; what is larger still is stored as 448.
+random tokens, with room for numbers that are larger; what is larger still is stored as 448. They are powers of two:
+no multiplication with them loses a bit, so whoever reads the cache reads the same numbers.
 
 Source: Micikevicius et al., "FP8 Formats for Deep Learning" (2022).
 """
@@ -24,7 +25,9 @@ from octavo.models.config import ModelConfig
 
 FP8 = torch.float8_e4m3fn
 MARGIN = 2.0
-"""How many times what was measured fits below 448. Each factor of 2 costs one of 16 exponents."""
+"""How many times what was measured fits below 448, at least. Each factor of 2 costs one of 16 exponents."""
+SMALLEST = 2.0**-40
+"""Of a head whose keys or values are all zero."""
 MEASURED_TOKENS = 512
 
 
@@ -79,9 +82,12 @@ def measure_scales(
         with compiled_ahead():
             run()
     run()
-    found = []
-    for layer in kv.layers:
-        largest = torch.stack([cache.abs().amax(dim=(0, 2, 3)) for cache in (layer.keys, layer.values)]).float()
-        scales = largest * (MARGIN / FP8_MAX)
-        found.append(torch.where(scales.isfinite() & (scales > 0), scales, 1.0))
-    return found
+    largest = [torch.stack([cache.abs().amax(dim=(0, 2, 3)) for cache in (layer.keys, layer.values)])
+               for layer in kv.layers]  # fmt: skip
+    return [scales_for(numbers) for numbers in largest]
+
+
+def scales_for(largest: torch.Tensor) -> torch.Tensor:
+    """Scales under which numbers as large as these are at most half of what FP8 holds."""
+    wanted = (largest.float() * (MARGIN / FP8_MAX)).clamp_min(SMALLEST).log2().ceil().exp2()
+    return torch.where(wanted.isfinite(), wanted, 1.0)

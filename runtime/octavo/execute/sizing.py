@@ -28,7 +28,7 @@ TOKENS_PER_SEQUENCE = 1024
 CONTEXT = 2**30
 """Of what is in use on a card outside of torch's allocator, at most so much is taken for this process's own context;
 the rest is other processes'."""
-LIBRARIES = 384 * 2**20
+LIBRARIES = 640 * 2**20
 """For the code of kernels and libraries, which is loaded when first used, and the workspaces of cuBLAS."""
 GRAPH_LAYER = 64 * 2**10
 """For one layer of a recorded step, in the driver."""
