@@ -69,7 +69,8 @@ class EngineConfig:
     """Keep the blocks of finished requests and reuse them for prompts which begin alike."""
     deterministic: bool = False
     """Greedy and seeded tokens of a request are the same to the bit alone, in any batch, in any order, after preemption
-    and from cached prefixes. On the CPU that is so anyway; on a GPU it has a price, which is in the README."""
+    and from cached prefixes. With weights packed for the CPU that is so anyway; else it has a price (for that of a GPU
+    see the README)."""
     seed: int = 0
     """From which requests without a seed of their own derive one."""
 

@@ -18,7 +18,7 @@ from octavo.config import EngineConfig
 from octavo.engine.blocks import BlockPool
 from octavo.engine.core import EngineCore
 from octavo.engine.scheduler import Scheduler
-from octavo.execute.build import Resolved, attention_for, build_core, make_kv_cache, resolve_settings
+from octavo.execute.build import Resolved, attention_for, build_core, make_kv_cache, product_for, resolve_settings
 from octavo.execute.context import KVCache
 from octavo.execute.graphed_runner import GraphedRunner
 from octavo.execute.graphs import CallAgain, StepGraphs
@@ -122,13 +122,14 @@ def make_model(name: str, folder: Path, *, seed: int = 0, **changes: Any) -> Pat
 class Parts:
     """A loaded model, from which any number of cores with caches of any size are made."""
 
-    def __init__(self, path: Path, dtype: torch.dtype, max_len: int = 512) -> None:
+    def __init__(self, path: Path, dtype: torch.dtype, max_len: int = 512, *, deterministic: bool = False) -> None:
         self.path, self.dtype = path, dtype
         self.files = resolve(str(path))
         self.config: ModelConfig = load_config(self.files)
         self.device = torch.device("cpu")
         self.model: Any = load_model(
-            self.files, self.config, load_format="auto", max_len=max_len, dtype=dtype, device=self.device
+            self.files, self.config, load_format="auto", max_len=max_len, dtype=dtype, device=self.device,
+            product=product_for(self.device, deterministic),
         )
 
     def core(
@@ -196,8 +197,8 @@ class GraphedParts(Parts):
 
 
 def parts_of(path: Path, kind: str) -> Parts:
-    """`kind`: "float32", "bfloat16" or "packed"."""
-    return PackedParts(path) if kind == "packed" else Parts(path, getattr(torch, kind))
+    """With the same bits in every batch. `kind`: "float32", "bfloat16" or "packed"."""
+    return PackedParts(path) if kind == "packed" else Parts(path, getattr(torch, kind), deterministic=True)
 
 
 def core_of(path: Path, **settings: Any) -> EngineCore:

@@ -42,7 +42,7 @@ from octavo.execute.sizing import (
 from octavo.execute.table import RowTable
 from octavo.host import usable_cores
 from octavo.host_memory import give_back_memory
-from octavo.layers.linear import ProductMaker, invariant_product, product_with
+from octavo.layers.linear import ProductMaker, invariant_product, product_with, steady_product
 from octavo.models.cache import cache_dir
 from octavo.models.config import ModelConfig
 from octavo.models.llama_packed import PackedLlama, ProgramAttention
@@ -177,8 +177,8 @@ def _sized_again(config: EngineConfig, resolved: Resolved, before: Card) -> Reso
 def attention_for(
     device: torch.device, dtype: torch.dtype, model: ModelConfig, invariant_to: int = 0
 ) -> AttentionBackend:
-    """`invariant_to`: when above 0, bits depend on a sequence alone; for lengths up to this. On the CPU they do so
-    anyway."""
+    """`invariant_to`: when above 0, bits depend on a sequence alone; for lengths up to this. They always do on the CPU.
+    """
     if device.type != "cuda":
         return CpuAttention(dtype)
     if invariant_to:
@@ -188,8 +188,10 @@ def attention_for(
 
 
 def product_for(device: torch.device, deterministic: bool) -> ProductMaker:
-    """How matrix products are made. Those of the CPU give a row the same bits in every batch."""
-    return invariant_product if deterministic and device.type == "cuda" else product_with
+    """How matrix products are made."""
+    if not deterministic:
+        return product_with
+    return invariant_product if device.type == "cuda" else steady_product
 
 
 def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> Resolved:

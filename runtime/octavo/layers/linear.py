@@ -15,9 +15,8 @@ from octavo_kernels import invariant_linear, silu_and_mul
 
 PACKED_ROWS = 64
 """Rows of a typical step, a hint for the layout; 2 and 64 gave the same speed."""
-TRIED_ROWS = (2, 16, 32, 34, 64, 128, 256)
-"""By `settled_rows`. Steps have 2 rows at least (`CpuAttention.row_multiple`)."""
-_settled: dict[tuple[int, int, torch.dtype, int], int] = {}
+STEADY_ROWS = 64
+"""Of every product, where a row's bits must not depend on how many there are."""
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 ProductMaker = Callable[[torch.Tensor, torch.Tensor | None], tuple[Product, bool]]
@@ -26,9 +25,8 @@ another layout, and is not read again."""
 
 
 def packs(weight: torch.Tensor) -> bool:
-    """oneDNN's packed layout is the fastest way to multiply with this weight, and (float32) the one by which a row does
-    not depend on its batch: MKL's products have other bits for 1, for 2 to 15 and for more rows on a Xeon."""
-    on_cpu = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32)
+    """oneDNN's packed layout is the fastest way to multiply with this weight."""
+    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
     return on_cpu and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
@@ -37,35 +35,23 @@ def product_with(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Produ
     if packs(weight):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
         operator = torch.ops.mkldnn._linear_pointwise.default
-
-        def product(x: torch.Tensor) -> torch.Tensor:
-            result: torch.Tensor = operator(x, packed, bias, "none", [], "")
-            return result
-
-        return with_rows(product, settled_rows(product, weight)), True
+        return lambda x: operator(x, packed, bias, "none", [], ""), True
     return lambda x: F.linear(x, weight, bias), False
 
 
-def settled_rows(product: Product, weight: torch.Tensor) -> int:
-    """The fewest rows from which on a row's bits do not depend on how many there are, by trying.
+def steady_product(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Product, bool]:
+    """On a CPU: rows of a result do not depend on how many there are, because there are always `STEADY_ROWS`.
 
-    oneDNN takes other instructions for up to 32 rows than for more on CPUs with AMX, in bfloat16 and where a product is
-    large (576 x 49152 on one thread, 576 x 3072 on two); elsewhere no such number was found."""
-    outputs, inputs = weight.shape
-    key = (outputs, inputs, weight.dtype, torch.get_num_threads())
-    if key not in _settled:
-        x = torch.randn(TRIED_ROWS[-1], inputs, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-        whole = product(x)
-        unlike = [rows for rows in TRIED_ROWS if not torch.equal(product(x[:rows]), whole[:rows])]
-        _settled[key] = TRIED_ROWS[TRIED_ROWS.index(unlike[-1]) + 1] if unlike else TRIED_ROWS[0]
-    return _settled[key]
+    On an EPYC the libraries give a row the same bits in any batch of 2 (bfloat16) or 4 rows or more, so there this is
+    only slower. On a Xeon with AMX they do not: oneDNN takes other instructions for few rows than for many in bfloat16,
+    and MKL, in float32, for 1, for 2 to 15 and for more."""
+    product, packed = product_with(weight, bias)
 
+    def in_tiles(x: torch.Tensor) -> torch.Tensor:
+        padded = F.pad(x, (0, 0, 0, -len(x) % STEADY_ROWS))
+        return torch.cat([product(tile) for tile in torch.split(padded, STEADY_ROWS)])[: len(x)]
 
-def with_rows(product: Product, least: int) -> Product:
-    """The product with rows of zeros added up to `least` of them."""
-    if least == TRIED_ROWS[0]:
-        return product
-    return lambda x: product(F.pad(x, (0, 0, 0, max(0, least - len(x)))))[: len(x)]
+    return in_tiles, packed
 
 
 def invariant_product(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Product, bool]:
@@ -119,8 +105,10 @@ class GatedLinear(Linear):
 
     def finish(self, make: ProductMaker = product_with) -> None:
         if make is not product_with or not packs(self.weight):
-            both, _ = make(self.weight, self.bias)
+            both, packed = make(self.weight, self.bias)
             self._product = lambda x: silu_and_mul(both(x))
+            if packed:
+                self.weight = self.weight.new_empty(0)
             return
         parts = list(self.parts)
         gate, up = (torch.ops.mkldnn._reorder_linear_weight(p, PACKED_ROWS) for p in torch.split(self.weight, parts))
@@ -133,5 +121,5 @@ class GatedLinear(Linear):
             result: torch.Tensor = multiplied(x, factor, up, up_bias, "mul")
             return result
 
-        self._product = with_rows(product, settled_rows(product, torch.split(self.weight, parts)[0]))
+        self._product = product
         self.weight = self.weight.new_empty(0)
