@@ -82,7 +82,7 @@ def row_linear_triton(
     outputs = outputs // 2 if gated else outputs
     out = torch.empty(1, outputs, dtype=x.dtype, device=x.device)
     early = launches_early(x.device)
-    tile = tiles.row_tiles(outputs, inputs, gated)
+    tile = tiles.row_tiles(tiles.architecture(x.device), inputs, gated)
     row_linear_kernel[(triton.cdiv(outputs, tile.block_n),)](
         x, weight, x if bias is None else bias, x if norm is None else norm, x if residual is None else residual, out,
         outputs, eps, INPUTS=inputs, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, NORM=norm is not None, GATED=gated,

@@ -1,17 +1,21 @@
-"""Tile sizes of the kernels, per GPU architecture: the one place to tune. Read by the `*_triton` modules.
+"""Tile sizes of the kernels, per GPU architecture. Read by the `*_triton` modules; `tiles.toml` is the place to tune.
 
-The limits are shared memory a block (163 KB on sm_80, 227 KB on sm_90 and sm_100, 99 KB on the consumer chips) and, for
-attention, registers for a `[block_m, head size]` accumulator. `tests/kernels/test_ahead_of_time.py` compiles every
-entry. Tiles may depend on shapes of the model and on the chip, never on the batch: a sequence's result must not change
-with its neighbours.
+Numbers that stand here and not in the file say where sums are split, the same on every chip.
+
+The limits of tiles are shared memory a block and, for attention, registers for a `[block_m, head size]` accumulator.
+`tests/kernels/test_ahead_of_time.py` compiles every entry. Tiles may depend on shapes of the model and on the chip,
+never on the batch: a sequence's result must not change with its neighbours.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+
+from octavo_kernels.tile_file import AttentionTiles, RowTiles, load_tiles
+
+TABLES = load_tiles()
 
 # A sequence with at most this many new tokens is split over its keys. Partial sums take room for so many tokens of
 # every sequence, 67 MB for 256 sequences of 16 heads of 128.
@@ -23,65 +27,20 @@ MAX_SPLITS = 32
 # for 64 of them.
 FEW_SEQUENCES, FEW_SPLIT = 4, 64
 # Splits that are loaded at once where they are joined.
-JOINED, JOIN_WARPS = 8, 1
+JOINED, JOIN_WARPS = TABLES.everywhere["join"], TABLES.everywhere["join_warps"]
 # Rows (sequences times query heads of a KV head) in a tile over keys that all sequences share.
-SHARED_ROWS = 64
+SHARED_ROWS = TABLES.everywhere["shared_rows"]
 # Programs wanted on each multiprocessor before splits of one sequence are given to one program in turn.
-PROGRAMS_PER_SM = 16
+PROGRAMS_PER_SM = TABLES.everywhere["programs_per_multiprocessor"]
 
-SAMPLE_TILE = 2048
-FILTER_TILE, FILTER_WARPS = 4096, 16
+SAMPLE_TILE = TABLES.everywhere["sample"]
+FILTER_TILE, FILTER_WARPS = TABLES.everywhere["filter"], TABLES.everywhere["filter_warps"]
 # Tokens gathered once a filter's search has come down to so few.
-FILTER_KEEP = 2048
-SILU_TILE = 1024
-STEP_TILE = 256
+FILTER_KEEP = TABLES.everywhere["filter_keep"]
+SILU_TILE = TABLES.everywhere["silu"]
+STEP_TILE = TABLES.everywhere["step"]
 # Elements of a `[heads, half head]` tile in the rotary kernel.
-ROPE_TILE = 512
-
-
-@dataclass(frozen=True)
-class AttentionTiles:
-    """Rows of packed queries, keys a step of the loop, warps a program, stages of the load pipeline."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-# (family, short?) -> padded head size -> tiles, for elements of two bytes.
-_ATTENTION: dict[tuple[int, bool], dict[int, AttentionTiles]] = {
-    (80, True): {
-        64: AttentionTiles(16, 64, 4, 3),
-        128: AttentionTiles(16, 64, 4, 2),
-        256: AttentionTiles(16, 32, 4, 2),
-    },
-    (80, False): {
-        64: AttentionTiles(128, 64, 4, 3),
-        128: AttentionTiles(128, 64, 8, 2),
-        256: AttentionTiles(64, 32, 4, 2),
-    },
-    (90, True): {
-        64: AttentionTiles(16, 128, 4, 3),
-        128: AttentionTiles(16, 64, 4, 1),
-        256: AttentionTiles(16, 64, 4, 2),
-    },
-    (90, False): {
-        64: AttentionTiles(128, 64, 4, 3),
-        128: AttentionTiles(64, 64, 4, 2),
-        256: AttentionTiles(64, 64, 4, 2),
-    },
-    (0, True): {
-        64: AttentionTiles(16, 64, 4, 2),
-        128: AttentionTiles(16, 32, 4, 2),
-        256: AttentionTiles(16, 16, 4, 2),
-    },
-    (0, False): {
-        64: AttentionTiles(64, 64, 4, 2),
-        128: AttentionTiles(64, 32, 4, 2),
-        256: AttentionTiles(32, 16, 4, 2),
-    },
-}
+ROPE_TILE = TABLES.everywhere["rope"]
 
 
 @lru_cache(maxsize=32)
@@ -102,8 +61,8 @@ def multiprocessors(device: torch.device) -> int:
 @lru_cache(maxsize=128)
 def attention_tiles(arch: int, padded_head_size: int, itemsize: int, group: int, short: bool) -> AttentionTiles:
     """Tiles for a chip, a head size (padded to a power of two), an element size in bytes and query heads a KV head."""
-    family = {80: 80, 90: 90, 100: 90, 103: 90}.get(arch, 0)
-    tiles = _ATTENTION[family, short][max(64, padded_head_size)]
+    tuned = TABLES.of(arch)
+    tiles = (tuned.attention_short if short else tuned.attention_long)[max(64, padded_head_size)]
     block_m, block_n, num_warps = tiles.block_m, tiles.block_n, tiles.num_warps
     if itemsize > 2:  # fp32 runs on the ordinary cores: twice the bytes, and no matrix unit to hold the accumulator
         block_m, block_n = min(block_m, 32), max(16, block_n // 2)
@@ -113,18 +72,9 @@ def attention_tiles(arch: int, padded_head_size: int, itemsize: int, group: int,
     return AttentionTiles(block_m, block_n, num_warps, tiles.num_stages)
 
 
-@dataclass(frozen=True)
-class RowTiles:
-    """Outputs a program, inputs at a time, warps a program."""
-
-    block_n: int
-    block_k: int
-    num_warps: int
-
-
 @lru_cache(maxsize=128)
-def row_tiles(outputs: int, inputs: int, gated: bool) -> RowTiles:
-    """Tiles for one row times a matrix: enough programs for every multiprocessor, each with many loads under way. On an
-    H100, 2 outputs and whole rows were within 0.2 us of the best of 60 choices, for 1024 to 3072 inputs."""
-    block_k = 1 << (inputs - 1).bit_length()
-    return RowTiles(2, min(1024, block_k), 2) if gated else RowTiles(2, min(2048, block_k), 4)
+def row_tiles(arch: int, inputs: int, gated: bool) -> RowTiles:
+    """Tiles for one row times a matrix: enough programs for every multiprocessor, each with many loads under way."""
+    tuned = TABLES.of(arch)
+    tiles = tuned.row_gated if gated else tuned.row_plain
+    return RowTiles(tiles.block_n, min(tiles.block_k, 1 << (inputs - 1).bit_length()), tiles.num_warps)

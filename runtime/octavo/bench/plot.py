@@ -28,12 +28,12 @@ def draw(levels: Sequence[Level], title: str, file: Path) -> None:
     """Write `file`. Raises `OSError` where that cannot be."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window system is asked for
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    figure = Figure(figsize=(13, 4.2), layout=ConstrainedLayoutEngine(wspace=0.06))
     FigureCanvasAgg(figure)
     work = f"{levels[0].prompt_tokens} tokens in, {levels[0].output_tokens} out"
     figure.suptitle(f"{title}: {work}", fontsize=11)
-    figure.get_layout_engine().set(wspace=0.06)
     speed, first, gap = figure.subplots(1, 3)
     at = [level.concurrency for level in levels]
     _throughput(speed, at, levels)
