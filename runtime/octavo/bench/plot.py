@@ -48,12 +48,19 @@ def _throughput(axes: Any, at: list[int], levels: Sequence[Level]) -> None:
     axes.plot(at, [level.limit for level in levels], "--", color=GREY, linewidth=1.2, label="limit of the machine")
     axes.plot(at, [level.tokens_per_second for level in levels], "o-", color=BLUE, label="measured", markersize=4)
     axes.set_ylabel("Output tokens/s")
+    axes.set_ylim(bottom=0)
 
 
 def _latency(axes: Any, at: list[int], values: list[Percentiles], label: str) -> None:
+    """Logarithmic: a token that waits for another request's prompt takes many times as long as the median."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     for name, color in (("p99", LIGHTEST), ("p90", LIGHTER), ("p50", BLUE)):
         axes.plot(at, [1e3 * getattr(value, name) for value in values], "o-", color=color, label=name, markersize=4)
     axes.set_ylabel(label)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _style(axes: Any, at: list[int]) -> None:
@@ -61,7 +68,6 @@ def _style(axes: Any, at: list[int]) -> None:
     axes.set_xticks(at, [str(value) for value in at])
     axes.minorticks_off()
     axes.set_xlabel("Requests at once")
-    axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
