@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from octavo.attention.triton import TritonAttention
 from octavo.models.config import ModelConfig, parse_config, read_json
 from octavo_kernels import (
     draw_tokens,
@@ -25,6 +26,7 @@ from octavo_kernels import (
     find_broken,
     fused_add_rms_norm,
     gumbel_sample,
+    invariant_linear,
     paged_attention,
     prepare_rope,
     rope_and_cache,
@@ -130,7 +132,7 @@ class Cases:
     def __iter__(self) -> Iterator[Case]:
         parts: tuple[tuple[tuple[str, ...], Callable[[], Iterator[Case]]], ...] = (
             (("fused_add_rms_norm", "silu_and_mul", "rope_and_cache"), self.layers),
-            (("row_linear", "F.linear"), self.products),
+            (("row_linear", "F.linear", "invariant_linear"), self.products),
             (("step_inputs", "enter_blocks", "find_broken"), self.steps),
             (("gumbel_sample", "draw_tokens", "top_k_top_p_min_p"), self.sampling),
             (("paged_attention",), self.decoding),
@@ -213,6 +215,8 @@ class Cases:
                     calls = [partial(F.linear, many, weight, bias) for weight in weights]
                     moved, operations = size + ITEM * rows * (inputs + outputs), 2.0 * rows * outputs * inputs
                     yield Case("F.linear", f"{shape} rows={rows}", calls, moved, operations)
+                    calls = [partial(invariant_linear, many, weight, bias) for weight in weights]
+                    yield Case("invariant_linear", f"{shape} rows={rows}", calls, moved, operations)
 
     def steps(self) -> Iterator[Case]:
         """Of a step of decoding. The table of token ids is read in one place a row, so it is always cold."""
@@ -274,6 +278,10 @@ class Cases:
                 yield self.attend(model, label, sequences)
                 yield self.attend(model, f"{label} window", sequences, window=self.plan.window)
                 yield self.attend(model, f"{label} soft cap", sequences, soft_cap=50.0)
+                yield self.attend(model, f"{label} ALiBi", sequences, alibi=True)
+                yield self.attend(model, f"{label} invariant", sequences, invariant=True)
+                if self.device.type == "cpu" or torch.cuda.get_device_capability(self.device) >= (8, 9):
+                    yield self.attend(model, f"{label} FP8", sequences, fp8=True)
 
     def sharing(self) -> Iterator[Case]:
         batch, shared, length = self.plan.sharing
@@ -284,7 +292,8 @@ class Cases:
 
     def attend(
         self, model: Shape, label: str, sequences: Sequence[tuple[int, int]], *, window: int = 0,
-        soft_cap: float = 0.0, shared: int = 0, known: bool = True,
+        soft_cap: float = 0.0, shared: int = 0, known: bool = True, alibi: bool = False, invariant: bool = False,
+        fp8: bool = False,
     ) -> Case:  # fmt: skip
         """`shared` tokens of all sequences lie in the same blocks; the kernel is told so if `known`."""
         heads, kv_heads, size = model.heads, model.kv_heads, model.head_dim
@@ -299,17 +308,23 @@ class Cases:
         starts = self.ints([0, *counts]).cumsum(0).to(torch.int32)
         q = self.random(sum(counts), heads, size)
         out = torch.empty_like(q)
-        few = len(lengths) <= tiles.FEW_SEQUENCES
+        backend = TritonAttention(kv_heads, invariant_to=max(lengths) if invariant else 0)
+        item = 1 if fp8 else ITEM
         seen = [min(n, window + c - 1) if window else n for c, n in sequences]
-        size_kv = 2 * ITEM * kv_heads * size * (shared + sum(n - shared for n in seen))
+        size_kv = 2 * item * kv_heads * size * (shared + sum(n - shared for n in seen))
         options = {
             "max_query_len": max(counts), "max_seq_len": max(lengths), "scale": size**-0.5, "window": window,
-            "soft_cap": soft_cap, "min_split": tiles.FEW_SPLIT if few else tiles.MIN_SPLIT, "out": out,
+            "soft_cap": soft_cap, "min_split": tiles.MIN_SPLIT if shared else backend.min_split(len(lengths)),
+            "out": out, "invariant": invariant,
+            "alibi_slopes": torch.linspace(0.5, 0.01, heads, device=self.device) if alibi else None,
+            "kv_scales": torch.ones(2, kv_heads, device=self.device) if fp8 else None,
             "shared_splits": self.ints([shared // tiles.MIN_SPLIT]) if shared and known else None,
         }  # fmt: skip
         calls = []
         for _ in self.copies(size_kv):
             keys, values = self.random(2, common + sum(own), kv_heads, BLOCK, size)
+            if fp8:
+                keys, values = keys.to(torch.float8_e4m3fn), values.to(torch.float8_e4m3fn)
             calls.append(partial(paged_attention, q, keys, values, table, starts, ends, **options))
         pairs = sum(
             min(n - c + i + 1, window) if window else n - c + i + 1 for c, n in sequences for i in range(c)

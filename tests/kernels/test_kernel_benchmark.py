@@ -30,7 +30,7 @@ def kernels(*arguments: str, interpret: bool = False) -> list[str]:
 def check_lines(lines: list[str]) -> None:
     assert {line.split()[0] for line in lines} == OPERATORS | {"F.linear"}
     assert len(lines) == len(set(lines)), "two cases of one name"
-    for words in ("soft cap", "window", "sharing", "prefill", "top-p", "gate_up", "greedy"):
+    for words in ("soft cap", "window", "sharing", "prefill", "top-p", "gate_up", "greedy", "FP8", "ALiBi"):
         assert any(words in line for line in lines), words
 
 
@@ -47,7 +47,7 @@ def test_the_cases_run_in_the_interpreter() -> None:
 
 def test_only_picks_cases() -> None:
     lines = kernels("--check", "--only", "linear")
-    assert {line.split()[0] for line in lines} == {"row_linear", "F.linear"}
+    assert {line.split()[0] for line in lines} == {"row_linear", "F.linear", "invariant_linear"}
 
 
 def test_bytes_and_operations_are_those_of_the_shapes() -> None:
