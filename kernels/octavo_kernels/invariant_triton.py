@@ -34,16 +34,18 @@ def invariant_linear_kernel(
     m = (group * TOGETHER + inside % together) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = inside // together * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    # past the end the last row is read again, and not stored: no masks in the loop
-    x_at = x + tl.minimum(m, rows - 1).to(tl.int64)[:, None] * x_stride + k[None, :]
+    # Past the last output its weights are read again, and not stored: no mask in the loop. Not so past the last row: of
+    # a step of one token all programs would ask for the same lines 64 times over, and wait for one slice of the cache.
+    exists = (m < rows)[:, None]
+    x_at = x + m.to(tl.int64)[:, None] * x_stride + k[None, :]
     w_at = weight + tl.minimum(n, outputs - 1).to(tl.int64)[None, :] * inputs + k[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, inputs, BLOCK_K):
         if EVEN:
-            a = tl.load(x_at + start)
+            a = tl.load(x_at + start, mask=exists, other=0)
             b = tl.load(w_at + start)
         else:
-            a = tl.load(x_at + start, mask=(k < inputs - start)[None, :], other=0)
+            a = tl.load(x_at + start, mask=exists & (k < inputs - start)[None, :], other=0)
             b = tl.load(w_at + start, mask=(k < inputs - start)[:, None], other=0)
         if WIDE:  # Triton's interpreter has no product of bf16
             acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
