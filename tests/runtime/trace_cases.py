@@ -72,8 +72,9 @@ class Bench:
     """A model, a catalogue of requests, and what each gives alone."""
 
     def __init__(self, path: Path, dtype: torch.dtype, seed: int = 0) -> None:
-        self.llm = LLM(str(path), dtype=str(dtype).removeprefix("torch."), num_blocks=65, block_size=16)
-        self.parts = Parts(path, dtype)
+        kind = str(dtype).removeprefix("torch.")
+        self.llm = LLM(str(path), dtype=kind, num_blocks=65, block_size=16, deterministic=True)
+        self.parts = Parts(path, dtype, deterministic=True)
         self.cases = self._catalogue(random.Random(seed))
         self._alone: dict[Case, Any] = {}
 
