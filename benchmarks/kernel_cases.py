@@ -24,6 +24,7 @@ from octavo_kernels import (
     draw_tokens,
     enter_blocks,
     find_broken,
+    forbid_tokens,
     fused_add_rms_norm,
     gumbel_sample,
     invariant_linear,
@@ -134,7 +135,7 @@ class Cases:
             (("fused_add_rms_norm", "silu_and_mul", "rope_and_cache"), self.layers),
             (("row_linear", "F.linear", "invariant_linear"), self.products),
             (("step_inputs", "enter_blocks", "find_broken"), self.steps),
-            (("gumbel_sample", "draw_tokens", "top_k_top_p_min_p"), self.sampling),
+            (("gumbel_sample", "draw_tokens", "top_k_top_p_min_p", "forbid_tokens"), self.sampling),
             (("paged_attention",), self.decoding),
             (("paged_attention",), self.sharing),
             (("paged_attention",), self.attention),
@@ -261,6 +262,9 @@ class Cases:
                 filtered = partial(_copy_and_filter, logits, work, (ones, off + 50, ones * 0.9, zeros), draw)
                 label = "after a copy and top-k 50, top-p 0.9"
                 yield Case("draw_tokens", f"{shape} {label}", [filtered], 20 * logits.numel())
+                words = torch.zeros(batch, -(-vocab // 32), dtype=torch.int32, device=self.device)  # forbid all
+                forbid = partial(forbid_tokens, work, longs, words)
+                yield Case("forbid_tokens", f"{shape} all", [forbid], 4 * (work.numel() + words.numel()))
 
     # ---------------------------------------------------------------- attention
 

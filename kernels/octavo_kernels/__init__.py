@@ -12,6 +12,7 @@ from octavo_kernels.activation import silu_and_mul, silu_and_mul_reference
 from octavo_kernels.attention import paged_attention, paged_attention_reference
 from octavo_kernels.draw import draw_tokens, draw_tokens_reference
 from octavo_kernels.filter import top_k_top_p_min_p, top_k_top_p_min_p_reference
+from octavo_kernels.forbid import forbid_tokens, forbid_tokens_reference
 from octavo_kernels.gumbel import gumbel_sample, gumbel_sample_reference
 from octavo_kernels.invariant import invariant_linear, invariant_linear_reference
 from octavo_kernels.norm import fused_add_rms_norm, fused_add_rms_norm_reference
@@ -34,6 +35,8 @@ __all__ = [
     "enter_blocks_reference",
     "find_broken",
     "find_broken_reference",
+    "forbid_tokens",
+    "forbid_tokens_reference",
     "fused_add_rms_norm",
     "fused_add_rms_norm_reference",
     "gumbel_sample",

@@ -139,6 +139,7 @@ def product_calls(fp8: bool) -> None:
 def sampling_calls(fp8: bool) -> None:
     from octavo_kernels.draw_triton import draw_tokens_triton
     from octavo_kernels.filter_triton import top_k_top_p_min_p_triton
+    from octavo_kernels.forbid_triton import forbid_tokens_triton
     from octavo_kernels.gumbel_triton import gumbel_sample_triton
 
     floats, ints, longs = torch.zeros(4), torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
@@ -148,6 +149,7 @@ def sampling_calls(fp8: bool) -> None:
             gumbel_sample_triton(logits, floats, longs, longs)
             draw_tokens_triton(logits, ints, ints, torch.zeros(4, 6)[:, 0], longs, ints[:, None].repeat(1, 64))
         top_k_top_p_min_p_triton(torch.zeros(4, vocab), floats, ints, floats, floats)
+        forbid_tokens_triton(torch.zeros(4, vocab), longs, torch.zeros(4, -(-vocab // 32), dtype=torch.int32))
 
 
 CALLS = {"attention": attention_calls, "layers": layer_calls, "products": product_calls, "sampling": sampling_calls}

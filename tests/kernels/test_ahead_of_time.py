@@ -30,6 +30,7 @@ EXPECTED = {
     "products": {"invariant_linear_kernel"},
     "sampling": {
         "best_of_tile_kernel", "best_of_row_kernel", "best_in_tile_kernel", "note_best_kernel", "filter_kernel",
+        "forbid_tokens_kernel",
     },
 }
 

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from octavo_kernels import (
     draw_tokens_reference,
+    forbid_tokens_reference,
     gumbel,
     gumbel_sample_reference,
     gumbel_triton,
@@ -14,6 +15,7 @@ from octavo_kernels import (
 )
 from octavo_kernels.draw_triton import draw_tokens_triton
 from octavo_kernels.filter_triton import top_k_top_p_min_p_triton
+from octavo_kernels.forbid_triton import forbid_tokens_triton
 from octavo_kernels.gumbel_triton import gumbel_sample_triton
 
 INF = float("inf")
@@ -218,3 +220,20 @@ def test_draw_tokens(device, vocab, dtype) -> None:
             if row >= 0:
                 wanted[row, position] = max(token, 0)
         assert torch.equal(noted, wanted)
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 100, 8193, 49152])
+def test_a_mask_forbids_what_it_does_not_allow(device, vocab: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(5, vocab, generator=generator).to(device)
+    words = torch.randint(-(2**31), 2**31, (3, -(-vocab // 32)), generator=generator).to(torch.int32).to(device)
+    words[2] = 0  # nothing is allowed
+    rows = torch.tensor([4, 0, 2], device=device)
+    expected, found = logits.clone(), logits.clone()
+    forbid_tokens_reference(expected, rows, words)
+    forbid_tokens_triton(found, rows, words)
+    assert torch.equal(found, expected)
+    assert torch.equal(found[[1, 3]], logits[[1, 3]])
+    bits = (words[0].cpu()[:, None] >> torch.arange(32) & 1).flatten()[:vocab].bool()
+    assert torch.equal(found[4].cpu().isfinite(), bits)
+    assert not found[2].isfinite().any()
