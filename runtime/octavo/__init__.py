@@ -18,6 +18,7 @@ _HOME = {
     "LLM": "octavo.llm",
     "AsyncLLM": "octavo.async_llm",
     "SamplingParams": "octavo.sampling_params",
+    "StructuredOutputsParams": "octavo.structured_outputs",
     "EngineConfig": "octavo.config",
     "RequestOutput": "octavo.outputs",
     "CompletionOutput": "octavo.outputs",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from octavo.outputs import RequestOutput as RequestOutput
     from octavo.outputs import StreamPiece as StreamPiece
     from octavo.sampling_params import SamplingParams as SamplingParams
+    from octavo.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
 
 
 def __getattr__(name: str) -> Any:

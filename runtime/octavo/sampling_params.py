@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from octavo.errors import RequestError
+from octavo.structured_outputs import StructuredOutputsParams
 
 T = TypeVar("T")
 
@@ -23,7 +24,7 @@ GREEDY_BELOW = 1e-5
 class SamplingParams:
     """Sampling parameters of one request.
 
-    The order of work on the logits: `allowed_token_ids`, `bad_words`, `min_tokens`, `logit_bias`, repetition, frequency
+    The order of work on the logits: `structured_outputs`, `allowed_token_ids`, `bad_words`, `min_tokens`, `logit_bias`, repetition, frequency
     and presence penalties, `temperature`, `min_p`, `top_k`, `top_p`. Log-probabilities are those of the raw logits.
 
     Raises `RequestError` (a `ValueError`) whose `field` names the parameter that is out of range.
@@ -72,6 +73,8 @@ class SamplingParams:
     seed: int | None = None
     """The same request with the same seed gives the same tokens, whatever else runs. None: drawn from the engine's
     seed."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """The form that the output must have. It ends when the form is complete."""
     skip_special_tokens: bool = True
     detokenize: bool = True
     """False: token ids only, no text (then no stop strings)."""
@@ -117,6 +120,11 @@ class SamplingParams:
             _token_ids("logit_bias", list(self.logit_bias))
             for value in self.logit_bias.values():
                 _number("logit_bias", value, -1e4, 1e4)
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise RequestError(
+                f"structured_outputs must be StructuredOutputsParams, not {type(self.structured_outputs).__name__}",
+                "structured_outputs",
+            )
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=True", "stop")
 
