@@ -48,5 +48,5 @@ def forbid_tokens_reference(logits: torch.Tensor, rows: torch.Tensor, allowed: t
 
     array = logits.numpy()
     for row, words in zip(rows.tolist(), allowed.numpy(), strict=True):
-        bits = np.unpackbits(words.view(np.uint8), bitorder="little", count=array.shape[1])
-        np.putmask(array[row], bits == 0, NEVER)
+        allows = np.unpackbits(words.view(np.uint8), bitorder="little", count=array.shape[1])
+        np.putmask(array[row], allows == 0, NEVER)

@@ -24,8 +24,9 @@ GREEDY_BELOW = 1e-5
 class SamplingParams:
     """Sampling parameters of one request.
 
-    The order of work on the logits: `structured_outputs`, `allowed_token_ids`, `bad_words`, `min_tokens`, `logit_bias`, repetition, frequency
-    and presence penalties, `temperature`, `min_p`, `top_k`, `top_p`. Log-probabilities are those of the raw logits.
+    The order of work on the logits: `structured_outputs`, `allowed_token_ids`, `bad_words`, `min_tokens`, `logit_bias`,
+    repetition, frequency and presence penalties, `temperature`, `min_p`, `top_k`, `top_p`. Log-probabilities are those
+    of the raw logits.
 
     Raises `RequestError` (a `ValueError`) whose `field` names the parameter that is out of range.
     """

@@ -1,5 +1,5 @@
-"""`StructuredOutputsParams`: what form an output must have. A field of `SamplingParams`; `decode/grammar.py` compiles it.
-Names as in vLLM's class of this name."""
+"""`StructuredOutputsParams`: what form an output must have. A field of `SamplingParams`, with vLLM's names;
+`decode/grammar.py` compiles it."""
 
 from __future__ import annotations
 

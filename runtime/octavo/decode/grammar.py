@@ -1,0 +1,239 @@
+"""Grammars: from a request's `StructuredOutputsParams` to the tokens that may come next.
+
+`Grammars` belongs to an engine and compiles, on the caller's side; a `Grammar` is compiled and shared; each sequence
+walks through it by a `Constraint` of its own, on the engine's thread. The library is llguidance: measured beside
+xgrammar it compiles a schema in a millisecond, on demand, and needs nothing else installed (benchmarks/LOG.md).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from octavo.decode.closing import WaysOut
+from octavo.errors import RequestError, RequestFailedError
+from octavo.structured_outputs import StructuredOutputsParams
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
+
+    from octavo.tokenizer import Tokenizer
+
+KEPT = 256
+"""Compiled grammars that an engine keeps."""
+_LEAST_JUMP = 8
+_MOST_PARTS = 64
+"""Parts of a schema whose shortest value is looked for, the first that come."""
+_JSON: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""As `json.dumps` writes it: what models have seen, and no room for spaces without end."""
+
+
+def json_grammar(schema: Mapping[str, Any]) -> str:
+    """A schema for a `%json` block of a Lark grammar, with the separators that all schemas have here."""
+    return json.dumps({**schema, "x-guidance": {**_JSON, **schema.get("x-guidance", {})}})
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer and keeps them. Any thread may call it."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._ends = sorted({end for end in eos_token_ids if end < vocab_size})
+        self._kept: OrderedDict[StructuredOutputsParams, Grammar] = OrderedDict()
+        self._lock, self._starting = threading.Lock(), threading.Lock()
+
+    def known(self, params: StructuredOutputsParams) -> bool:
+        """`compile` will not take time."""
+        with self._lock:
+            return params in self._kept
+
+    def compile(self, params: StructuredOutputsParams) -> Grammar:
+        """Raises `RequestError` with field "structured_outputs" where the library does not support it."""
+        with self._lock:
+            grammar = self._kept.get(params)
+            if grammar is not None:
+                self._kept.move_to_end(params)
+                return grammar
+        with self._starting:  # the two are made once
+            library, ways = self._library, self._ways
+        grammar = Grammar(params, library, ways, self._ends)
+        with self._lock:
+            self._kept[params] = grammar
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return grammar
+
+    @cached_property
+    def _library(self) -> LLTokenizer:
+        """0.2 s for 49152 tokens, at the first grammar."""
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        ends = self._ends or [0]
+        return LLTokenizer(TokenizerWrapper(_Vocabulary(self._tokenizer, ends[0])), self._vocab_size, ends)
+
+    @cached_property
+    def _ways(self) -> WaysOut:
+        return WaysOut(self._tokenizer, self._vocab_size)
+
+
+class _Vocabulary:
+    """What the library asks of a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, eos: int) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id, self.bos_token_id = eos, tokenizer.bos_token_id
+        self.tokens = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
+        self.special_token_ids = sorted(tokenizer.special_ids)
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self._tokenizer.encode(text.decode("utf-8", "replace"), add_special_tokens=False)
+
+
+class Grammar:
+    """A compiled grammar. `jump`: by how much a single token can lengthen the way to the end, about: it may begin the
+    costliest part of a schema."""
+
+    def __init__(
+        self, params: StructuredOutputsParams, library: LLTokenizer, ways: WaysOut, ends: Sequence[int]
+    ) -> None:
+        self._library, self.ways = library, ways
+        source = _source(params)
+        self._first = self._matcher(source)
+        if self._first.is_error():
+            raise RequestError(f"the grammar is not supported: {self._reason(self._first)}", "structured_outputs")
+        self.jump = max([_LEAST_JUMP, *self._costs(_schemas(params))])
+        self.ends = np.zeros(ways.words, dtype=np.int32)
+        for end in ends:
+            self.ends[end >> 5] |= np.array(1 << (end & 31), dtype=np.uint32).view(np.int32)
+
+    def start(self) -> Constraint:
+        return Constraint(self, self._first.deep_copy())
+
+    def _matcher(self, source: str) -> LLMatcher:
+        from llguidance import LLMatcher, LLParserLimits
+
+        return LLMatcher(self._library, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
+
+    @staticmethod
+    def _reason(matcher: LLMatcher) -> str:
+        return str(matcher.get_error()).strip().split("\n\n")[0][:500]
+
+    def _costs(self, schemas: Iterator[Mapping[str, Any]]) -> Iterator[int]:
+        """Tokens of the shortest value of each part of the schemas, with its key."""
+        from llguidance import LLMatcher
+
+        for schema in schemas:
+            for count, (key, part) in enumerate(_parts(schema)):
+                if count == _MOST_PARTS:
+                    break
+                matcher = self._matcher(LLMatcher.grammar_from_json_schema(part, overrides=_JSON))
+                way = None if matcher.is_error() else self.ways.find(matcher)
+                if way is not None:
+                    yield len(way) + len(key) // 2 + 4
+
+
+class Constraint:
+    """One sequence's way through a grammar."""
+
+    def __init__(self, grammar: Grammar, matcher: LLMatcher) -> None:
+        self._grammar, self._matcher = grammar, matcher
+        self._unhurried = 0
+        """Tokens for which nobody need ask how far the end is."""
+
+    @property
+    def words(self) -> int:
+        """int32 numbers of a mask."""
+        return self._grammar.ways.words
+
+    def accept(self, token: int) -> bool:
+        """Take in a token that was made. True: the grammar is complete, nothing can follow."""
+        if not self._matcher.consume_token(token):
+            raise self._error()
+        return bool(self._matcher.is_stopped())
+
+    def allow(self, mask: np.ndarray, left: int) -> None:
+        """Write into `mask` [words] int32 which tokens may come next, of `left` tokens that may still be made."""
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if self._matcher.is_error():
+            raise self._error()
+        self._unhurried -= 1
+        if self._unhurried < 0:
+            self._hurry(mask, left)
+
+    def _hurry(self, mask: np.ndarray, left: int) -> None:
+        """Where few tokens are left, nothing new may begin; where just enough are, only the way out remains."""
+        grammar = self._grammar
+        way = grammar.ways.find(self._matcher)
+        if not way:
+            return  # it may end here, or nobody knows how
+        spare = left - (len(way) + 1)
+        if spare > grammar.jump:
+            # a token can take one from `left` and add `jump` to the way
+            self._unhurried = (spare - grammar.jump) // (grammar.jump + 1)
+            return
+        if spare > 0:
+            mask &= grammar.ways.plain | grammar.ends
+        else:
+            mask[:] = 0
+        mask[way[0] >> 5] |= np.array(1 << (way[0] & 31), dtype=np.uint32).view(np.int32)
+
+    def _error(self) -> RequestFailedError:
+        return RequestFailedError(f"the grammar could not go on: {Grammar._reason(self._matcher)}")
+
+
+def _source(params: StructuredOutputsParams) -> str:
+    """In the library's form."""
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    if params.json_object:
+        return str(LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=_JSON))
+    if params.json is not None:
+        return str(LLMatcher.grammar_from_json_schema(str(params.json), overrides=_JSON))
+    if params.regex is not None:
+        return str(LLMatcher.grammar_from_regex(params.regex))
+    if params.choice is not None:
+        return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(one) for one in params.choice)))
+    text = params.grammar or ""
+    try:
+        return str(LLMatcher.grammar_from_lark(gbnf_to_lark(text) if "::=" in text else text))
+    except Exception as error:  # the converter raises many kinds
+        raise RequestError(f"the grammar cannot be read: {str(error)[:300]}", "structured_outputs") from error
+
+
+def _schemas(params: StructuredOutputsParams) -> Iterator[Mapping[str, Any]]:
+    """The JSON schemas in a request's grammar: its own, or those of its `%json` blocks."""
+    if params.json is not None:
+        yield json.loads(str(params.json))
+    for block in (params.grammar or "").split("%json")[1:]:
+        try:
+            schema, _ = json.JSONDecoder().raw_decode(block.lstrip())
+        except ValueError:
+            continue
+        if isinstance(schema, Mapping):
+            yield schema
+
+
+def _parts(schema: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, schema) of everything inside a schema that can be a value by itself, with the definitions it refers to."""
+    shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+    todo: list[tuple[str, Any]] = [("", schema)]
+    while todo:
+        key, part = todo.pop(0)
+        if not isinstance(part, Mapping):
+            continue
+        yield key, {**part, **shared}
+        for name in ("properties", "$defs", "definitions"):
+            if isinstance(part.get(name), Mapping):
+                todo += part[name].items()
+        for name in ("anyOf", "oneOf", "allOf", "prefixItems"):
+            if isinstance(part.get(name), Sequence):
+                todo += [(key, one) for one in part[name]]
+        todo += [(key, part[name]) for name in ("items", "additionalProperties") if name in part]
