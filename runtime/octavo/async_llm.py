@@ -4,7 +4,7 @@ engine."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Self
 
@@ -20,10 +20,14 @@ from octavo.sampling_params import SamplingParams
 
 
 class AsyncTokenStream:
-    """Pieces of one request, for `async for`. `aclose()` ends the request."""
+    """Pieces of one request, for `async for`. `aclose()` ends the request. `begin` is awaited before the first
+    piece, if there is one: a request whose grammar is new begins when it is compiled."""
 
-    def __init__(self, assembler: Assembler, events: asyncio.Queue[TokenEvent], service: EngineService) -> None:
-        self._assembler, self._events, self._service = assembler, events, service
+    def __init__(
+        self, assembler: Assembler, events: asyncio.Queue[TokenEvent], service: EngineService,
+        begin: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:  # fmt: skip
+        self._assembler, self._events, self._service, self._begin = assembler, events, service, begin
 
     def __aiter__(self) -> Self:
         return self
@@ -31,6 +35,9 @@ class AsyncTokenStream:
     async def __anext__(self) -> StreamPiece:
         assembler = self._assembler
         self._service.check_process()
+        if self._begin is not None:
+            begin, self._begin = self._begin, None
+            await begin()
         try:
             while not assembler.done:
                 piece = assembler.push(await self._events.get())
@@ -50,8 +57,13 @@ class AsyncTokenStream:
 
     def close(self) -> None:
         """End the request if it still runs. Never waits."""
-        if not self._assembler.done:
-            self._service.abort(self._assembler.request)
+        request = self._assembler.request
+        if self._begin is not None:
+            self._begin = None  # the engine has never heard of it
+            for sequence in request.sequences:
+                self._events.put_nowait(TokenEvent(sequence.index, finish_reason="abort"))
+        elif not self._assembler.done:
+            self._service.abort(request)
 
     async def aclose(self) -> None:
         self.close()
@@ -119,7 +131,16 @@ class AsyncLLM(Client):
         if params is not None and isinstance(params, SamplingParams) and params.width > params.n:
             raise RequestError("best_of above n cannot be streamed: the best are known at the end", "best_of")
         stream = self._prepare(prompt, params, priority, special)
-        stream._service.submit(stream._assembler.request)
+        request, service = stream._assembler.request, stream._service
+        if not request.lacks_grammar:
+            service.submit(request)
+            return stream
+
+        async def begin() -> None:
+            await self._compile([request])
+            service.submit(request)
+
+        stream._begin = begin
         return stream
 
     def _prepare(self, prompt: Prompt, params: SamplingParams | None, priority: int, special: bool) -> AsyncTokenStream:
@@ -129,8 +150,18 @@ class AsyncLLM(Client):
         def sink(event: TokenEvent) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        assembler = self.make_request(prompt, params, sink, priority=priority, special=special)
+        form = getattr(params, "structured_outputs", None)
+        known = form is None or self.engine.grammars.known(form)
+        assembler = self.make_request(prompt, params, sink, priority=priority, special=special, constrain=known)
         return AsyncTokenStream(assembler, events, self.engine.service)
+
+    async def _compile(self, requests: Sequence[Request]) -> None:
+        """Give those their grammars that lack them: compiled in a thread, which leaves the interpreter to others."""
+        grammars = self.engine.grammars
+        for request in requests:
+            form = request.params.structured_outputs
+            if form is not None and request.lacks_grammar:
+                request.constrain((await asyncio.to_thread(grammars.compile, form)).start)
 
     async def _run(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | None], priority: int, return_exceptions:
@@ -144,6 +175,7 @@ class AsyncLLM(Client):
             return stream.output
 
         tasks: list[asyncio.Task[RequestOutput]] = []
+        await self._compile([stream._assembler.request for stream in streams])
         try:
             for stream in streams:
                 await _submit(stream._service, stream._assembler.request)

@@ -68,10 +68,11 @@ class Client:
     # ---------------------------------------------------------------- making requests
 
     def make_request(
-        self, prompt: Prompt, params: SamplingParams | None, sink: Sink, *, priority: int = 0, special: bool = True
-    ) -> Assembler:
+        self, prompt: Prompt, params: SamplingParams | None, sink: Sink, *, priority: int = 0, special: bool = True,
+        constrain: bool = True,
+    ) -> Assembler:  # fmt: skip
         """Check everything and build the request; nothing is submitted yet. `special`: add BOS as the tokenizer
-        does."""
+        does. `constrain`: compile its grammar, which may take time; else the caller does."""
         engine = self.engine
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
@@ -90,6 +91,8 @@ class Client:
             seed=params.seed if params.seed is not None else random.Random((engine.config.seed << 32) +
             number).getrandbits(62), priority=priority, cache_salt=salt,
         )  # fmt: skip
+        if constrain and params.structured_outputs is not None:
+            request.constrain(engine.grammars.compile(params.structured_outputs).start)
         return Assembler(request, text, engine.tokenizer, engine.service.abort)
 
     def _prompt(self, prompt: Prompt, special: bool) -> tuple[str | None, list[int], str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from octavo import SamplingParams
+from octavo.decode.sampler import Mask, SampledRows
 from octavo.engine.core import EngineCore
 from octavo.engine.request import RawLogprobs, Request, TokenEvent
 
@@ -30,15 +31,14 @@ class Driver:
             self._sample = core.runner.sampler.sample  # type: ignore[attr-defined]
             core.runner.sampler.sample = self._record  # type: ignore[attr-defined]
 
-    def _record(self, logits: torch.Tensor, rows: torch.Tensor, sampling: Any, host_rows: list[int], lengths: list[int],
-                positions: torch.Tensor) -> Any:  # fmt: skip
+    def _record(self, batch: SampledRows, mask: Mask | None = None) -> Any:
         """Looks at the logits which the sampler is given, and passes them on."""
         by_row = {sequence.row: sequence for sequence in self.core.scheduler.running}
-        for i, (row, length) in enumerate(zip(host_rows, lengths, strict=True)):
+        for i, (row, length) in enumerate(zip(batch.host_rows, batch.lengths, strict=True)):
             sequence = by_row[row]
             key = (sequence.request.request_id, sequence.index)
-            self.logits.setdefault(key, {})[length] = logits[i].clone()
-        return self._sample(logits, rows, sampling, host_rows, lengths, positions)
+            self.logits.setdefault(key, {})[length] = batch.logits[i].clone()
+        return self._sample(batch, mask)
 
     def add(
         self, prompt: Seq[int], params: SamplingParams | None = None, *, seed: int = 0, priority: int = 0,

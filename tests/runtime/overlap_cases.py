@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from octavo import LLM, SamplingParams
+from octavo import LLM, SamplingParams, StructuredOutputsParams
 from octavo.decode.assemble import Assembler
 from octavo.engine.core import EngineCore
 from octavo.outputs import RequestOutput
@@ -31,6 +31,8 @@ FEATURES: list[dict[str, Any]] = [
     {"temperature": 1.0, "logit_bias": {1: 8.0}},
     {"temperature": 1.0, "allowed_token_ids": list(range(40, 90))},
     {"temperature": 1.0, "stop_token_ids": list(range(2, 120, 5)), "min_tokens": 2},
+    {"temperature": 1.0, "structured_outputs": StructuredOutputsParams(regex="[a-c]{4,9}x[0-9]{5,}"), "logprobs": 2},
+    {"temperature": 1.2, "structured_outputs": StructuredOutputsParams(json_object=True), "n": 2},
 ]
 STOPPED = (1, 2, 6, 8, 11)
 """Those which run again with a stop string that comes."""
@@ -83,6 +85,7 @@ def run(llm: LLM, core: EngineCore, work: Sequence[Work], *, depth: int) -> Done
     before the next step, as in the service."""
     assert core.idle
     core.depth = depth
+    core.runner.waits_for_masks = depth > 0  # type: ignore[attr-defined]
     scheduler = core.scheduler
     scheduler.pool.clear_cache()
     before, done = scheduler.preemptions, Done()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from octavo.engine.plan import StepPlan
+from octavo.engine.plan import Masks, StepPlan
 from octavo.engine.request import Request, TokenEvent
 from octavo.engine.scheduler import Scheduler
 from octavo.errors import RequestFailedError
@@ -84,7 +84,7 @@ class SimDevice:
         self.shared_most = 0
         """The most blocks that some step's sequences had in common, times the others of them."""
 
-    def launch(self, plan: StepPlan) -> _Done:
+    def launch(self, plan: StepPlan, masks: Masks) -> _Done:
         self.steps += 1
         self._check_plan(plan)
         self._apply(plan)

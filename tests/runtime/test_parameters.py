@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-from octavo import LLM, SamplingParams
+from octavo import LLM, SamplingParams, StructuredOutputsParams
 from octavo.config import EngineConfig, engine_config_from
 from octavo.errors import ConfigError, RequestError
 from octavo.outputs import RequestOutput
@@ -78,6 +79,10 @@ EFFECTS: dict[str, tuple[dict[str, Any], dict[str, Any], Check]] = {
         lambda a, b: a.prompt_logprobs is None and len(b.prompt_logprobs or ()) == len(b.prompt_token_ids),
     ),
     "seed": (BASE, {"seed": 12}, lambda a, b: _tokens(a) != _tokens(b)),
+    "structured_outputs": (
+        BASE, {"structured_outputs": StructuredOutputsParams(regex="[0-9]{3} the")},
+        lambda a, b: re.fullmatch("[0-9]{3} the", b.text) is not None and b.outputs[0].finish_reason == "stop",
+    ),
     "skip_special_tokens": (
         END, {"skip_special_tokens": False}, lambda a, b: (a.text, b.text) == ("", "</s>" * 30)
     ),
@@ -96,6 +101,7 @@ def test_every_field_has_its_effect(llm: LLM, field: str) -> None:
 
 
 BAD: list[tuple[str, list[Any]]] = [
+    ("structured_outputs", [{"json": {}}, "json", 1]),
     ("temperature", [-0.1, NAN, INFINITY, 1e39, "hot", None, True]),
     ("top_p", [0, -1, 1.01, NAN, "x", None]),
     ("top_k", [-2, 1.5, 2**31, True, None]),

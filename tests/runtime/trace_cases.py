@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from octavo import LLM, SamplingParams
+from octavo import LLM, SamplingParams, StructuredOutputsParams
 from octavo.decode.assemble import Assembler
 from octavo.engine.core import EngineCore
 from octavo.execute.context import ForwardContext
@@ -99,6 +99,8 @@ class Bench:
                 {"frequency_penalty": 0.7, "presence_penalty": 0.2}, {"min_tokens": 1},
                 {"logit_bias": {5: 4.0, 1: 2.0}},
                 {"bad_words": ["the", "e"]}, {"best_of": n + 1, "logprobs": None},
+                {"structured_outputs": StructuredOutputsParams(regex="[a-e]{3,20}(0|1|2)+")},
+                {"structured_outputs": StructuredOutputsParams(json_object=True)},
             ])  # fmt: skip
             cases.append(Case(prompt, SamplingParams(**params), rng.choice(["", "", "", "tenant"])))
         for number in range(0, CASES, 3):  # a third gets a stop string that really comes
@@ -130,6 +132,7 @@ class Bench:
         }  # fmt: skip
         flaky = Flaky(self.parts.model, rng) if rng.random() < 0.2 else None
         core = self.parts.core(**settings, model=flaky)
+        core.runner.waits_for_masks = settings["depth"] > 0  # as on a GPU
         room = (settings["num_blocks"] - 1) * settings["block_size"]
         fitting = [case for case in self.cases if case.tokens <= room]
         run = _Run(self, core, [rng.choice(fitting) for _ in range(rng.randint(3, 10))], rng)

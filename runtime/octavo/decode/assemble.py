@@ -111,7 +111,8 @@ class _Choice:
                 output.logprobs.append(self.owner.convert(token, raw, params.logprobs or 0))
                 piece.logprobs = [*(piece.logprobs or ()), output.logprobs[-1]]
             ends_here = event.finish_reason == "stop" and place == len(event.token_ids) - 1
-            hidden = ends_here and not params.include_stop_str_in_output  # the token that says "stop" is no text
+            # the token that says "stop" is no text; the one that completes a grammar is
+            hidden = ends_here and not params.include_stop_str_in_output and self.owner.request.is_end(token)
             if self._text is not None and not hidden:
                 self._see(self._text.push([token]), piece)
                 if piece.stop_reason is not None and event.stop_reason is None:

@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 KEPT = 256
 """Compiled grammars that an engine keeps."""
 _LEAST_JUMP = 8
+_LOST = 16
+"""Tokens to wait before a way is looked for again where none was found."""
 _MOST_PARTS = 64
 """Parts of a schema whose shortest value is looked for, the first that come."""
 _JSON: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -109,9 +112,7 @@ class Grammar:
         if self._first.is_error():
             raise RequestError(f"the grammar is not supported: {self._reason(self._first)}", "structured_outputs")
         self.jump = max([_LEAST_JUMP, *self._costs(_schemas(params))])
-        self.ends = np.zeros(ways.words, dtype=np.int32)
-        for end in ends:
-            self.ends[end >> 5] |= np.array(1 << (end & 31), dtype=np.uint32).view(np.int32)
+        self.ends = ways.mask_of(ends)
 
     def start(self) -> Constraint:
         return Constraint(self, self._first.deep_copy())
@@ -130,9 +131,7 @@ class Grammar:
         from llguidance import LLMatcher
 
         for schema in schemas:
-            for count, (key, part) in enumerate(_parts(schema)):
-                if count == _MOST_PARTS:
-                    break
+            for key, part in islice(_parts(schema), _MOST_PARTS):
                 matcher = self._matcher(LLMatcher.grammar_from_json_schema(part, overrides=_JSON))
                 way = None if matcher.is_error() else self.ways.find(matcher)
                 if way is not None:
@@ -146,43 +145,55 @@ class Constraint:
         self._grammar, self._matcher = grammar, matcher
         self._unhurried = 0
         """Tokens for which nobody need ask how far the end is."""
-
-    @property
-    def words(self) -> int:
-        """int32 numbers of a mask."""
-        return self._grammar.ways.words
+        self._way: list[int] | None = None
 
     def accept(self, token: int) -> bool:
         """Take in a token that was made. True: the grammar is complete, nothing can follow."""
         if not self._matcher.consume_token(token):
             raise self._error()
+        self._way = self._way[1:] if self._way and self._way[0] == token else self._way
         return bool(self._matcher.is_stopped())
 
-    def allow(self, mask: np.ndarray, left: int) -> None:
-        """Write into `mask` [words] int32 which tokens may come next, of `left` tokens that may still be made."""
+    def allowed(self, left: int) -> np.ndarray:
+        """[words] int32: which tokens may come next, of `left` that may still be made."""
+        mask = np.empty(self._grammar.ways.words, dtype=np.int32)
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if self._matcher.is_error():
             raise self._error()
         self._unhurried -= 1
         if self._unhurried < 0:
             self._hurry(mask, left)
+        return mask
 
     def _hurry(self, mask: np.ndarray, left: int) -> None:
         """Where few tokens are left, nothing new may begin; where just enough are, only the way out remains."""
         grammar = self._grammar
-        way = grammar.ways.find(self._matcher)
+        way = self._way = self._way_out()
+        if way is None:  # nobody knows how
+            self._unhurried = _LOST
+            return
         if not way:
-            return  # it may end here, or nobody knows how
+            if left <= grammar.jump and not grammar.ways.in_text(mask):
+                mask &= grammar.ends  # it may end here, and what begins now might not
+            return
         spare = left - (len(way) + 1)
         if spare > grammar.jump:
             # a token can take one from `left` and add `jump` to the way
             self._unhurried = (spare - grammar.jump) // (grammar.jump + 1)
             return
-        if spare > 0:
-            mask &= grammar.ways.plain | grammar.ends
+        if spare > 0 and grammar.ways.in_text(mask):
+            mask &= grammar.ways.plain
         else:
             mask[:] = 0
-        mask[way[0] >> 5] |= np.array(1 << (way[0] & 31), dtype=np.uint32).view(np.int32)
+        mask |= grammar.ways.mask_of(way[:1])
+
+    def _way_out(self) -> list[int] | None:
+        """The one found before, as long as it is one: to walk it takes a hundredth of what it takes to find it."""
+        if self._way:
+            walk = self._matcher.deep_copy()
+            if walk.consume_tokens(self._way) and walk.is_accepting():
+                return self._way
+        return self._grammar.ways.find(self._matcher)
 
     def _error(self) -> RequestFailedError:
         return RequestFailedError(f"the grammar could not go on: {Grammar._reason(self._matcher)}")
@@ -222,14 +233,16 @@ def _schemas(params: StructuredOutputsParams) -> Iterator[Mapping[str, Any]]:
 
 
 def _parts(schema: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(key, schema) of everything inside a schema that can be a value by itself, with the definitions it refers to."""
+    """(key, schema) of everything inside a schema that is a value by itself, with the definitions it refers to. Not of
+    the schema itself, which begins but once."""
     shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
     todo: list[tuple[str, Any]] = [("", schema)]
     while todo:
         key, part = todo.pop(0)
         if not isinstance(part, Mapping):
             continue
-        yield key, {**part, **shared}
+        if part is not schema:
+            yield key, {**part, **shared}
         for name in ("properties", "$defs", "definitions"):
             if isinstance(part.get(name), Mapping):
                 todo += part[name].items()

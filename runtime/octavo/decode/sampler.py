@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from octavo_kernels import gumbel_sample, top_k_top_p_min_p
+import torch.nn.functional as F
+from octavo_kernels import forbid_tokens, gumbel_sample, top_k_top_p_min_p
 
 from octavo.decode.row import RowSampling
 from octavo.execute.rows import most_likely
@@ -50,31 +51,82 @@ class Sampled:
     """Which of the S rows `logprobs` belongs to, in order."""
 
 
+@dataclass(slots=True)
+class SampledRows:
+    """The rows of a step that sample, S of them."""
+
+    logits: torch.Tensor
+    """[S, V]."""
+    rows: torch.Tensor
+    """[S] int64 device rows."""
+    positions: torch.Tensor
+    """[S] int64, the position which the new token will have."""
+    sampling: list[RowSampling]
+    host_rows: list[int]
+    """`rows` and `positions`, known to the host."""
+    lengths: list[int]
+
+    def part(self, places: list[int]) -> SampledRows:
+        """Some of them, in this order."""
+        index = to_device(places, torch.int64, self.logits.device)
+        logits, rows, positions = (t.index_select(0, index) for t in (self.logits, self.rows, self.positions))
+        lists = ([values[place] for place in places] for values in (self.host_rows, self.lengths))
+        return SampledRows(logits, rows, positions, [self.sampling[place] for place in places], *lists)
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """What a grammar allows next."""
+
+    places: torch.Tensor
+    """[R] int64, which of the S rows."""
+    allowed: torch.Tensor
+    """[R, ceil(V / 32)] int32: see `octavo_kernels.forbid_tokens`."""
+
+
+def join(parts: list[tuple[list[int], Sampled]]) -> Sampled:
+    """Parts of a step, each with its places, as one."""
+    tokens = torch.cat([sampled.tokens for _, sampled in parts])
+    order = [place for places, _ in parts for place in places]
+    joined = torch.empty_like(tokens)
+    joined[to_device(order, torch.int64, tokens.device)] = tokens
+    rows = [places[row] for places, sampled in parts for row in sampled.logprob_rows]
+    found = [sampled.logprobs for _, sampled in parts if sampled.logprobs is not None]
+    if not found:
+        return Sampled(joined, None, [])
+    width = max(raw.top.shape[1] for raw in found)
+    # a part may report fewer alternatives than the other: what is added is cut off where it is read
+    padded = [(F.pad(raw.top_ids, (0, width - raw.top_ids.shape[1])), F.pad(raw.top, (0, width - raw.top.shape[1])))
+              for raw in found]  # fmt: skip
+    logprobs = DeviceLogprobs(
+        torch.cat([raw.chosen for raw in found]), torch.cat([raw.ranks for raw in found]),
+        torch.cat([ids for ids, _ in padded]), torch.cat([top for _, top in padded]),
+    )  # fmt: skip
+    return Sampled(joined, logprobs, rows)
+
+
 class Sampler:
     def __init__(self, table: RowTable) -> None:
         self.table = table
 
-    def sample(
-        self, logits: torch.Tensor, rows: torch.Tensor, sampling: list[RowSampling], host_rows: list[int], lengths:
-        list[int],
-        positions: torch.Tensor,
-    ) -> Sampled:  # fmt: skip
-        """`logits` [S, V]; `rows`, `positions` [S] int64 (the position which the new token will have); `lengths`: the
-        same positions, known to the host."""
+    def sample(self, batch: SampledRows, mask: Mask | None = None) -> Sampled:
+        logits, rows, sampling, lengths = batch.logits, batch.rows, batch.sampling, batch.lengths
         wanting = [i for i, row in enumerate(sampling) if row.logprobs is not None]
         reported = torch.log_softmax(_pick(logits, wanting), dim=-1, dtype=torch.float32) if wanting else None
-        if all(row.plain and row.greedy for row in sampling):
+        if mask is None and all(row.plain and row.greedy for row in sampling):
             tokens = most_likely(logits)
         else:
             logits = logits.float().contiguous()
-            self._process(logits, sampling, host_rows, lengths)
+            if mask is not None:
+                forbid_tokens(logits, mask.places, mask.allowed)
+            self._process(logits, sampling, batch.host_rows, lengths)
             self._penalise(logits, rows, sampling, lengths)
             if all(row.greedy for row in sampling):
                 tokens = most_likely(logits)
             else:
                 temperature = self._float("temperature", rows)
                 self._filter(logits, rows, sampling, temperature)
-                tokens = gumbel_sample(logits, temperature, self.table.seeds.index_select(0, rows), positions)
+                tokens = gumbel_sample(logits, temperature, self.table.seeds.index_select(0, rows), batch.positions)
         possible = logits.gather(1, tokens[:, None])[:, 0].isfinite()
         result = Sampled(torch.where(possible, tokens, -1), None, wanting)
         if reported is not None:

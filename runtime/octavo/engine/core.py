@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from octavo.engine.plan import StepPlan
+from octavo.engine.plan import Masks, StepPlan
 from octavo.engine.request import TokenEvent
 from octavo.engine.scheduler import Draft, Scheduler
 from octavo.errors import RequestFailedError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Launched(Protocol):
@@ -25,7 +28,11 @@ class Launched(Protocol):
 class StepRunner(Protocol):
     """What the loop needs from `execute.runner.Runner`."""
 
-    def launch(self, plan: StepPlan) -> Launched: ...
+    def launch(self, plan: StepPlan, masks: Masks) -> Launched: ...
+
+
+class _EarlierStepFailed(Exception):
+    """A step under construction began with tokens that do not exist."""
 
 
 class EngineCore:
@@ -37,6 +44,7 @@ class EngineCore:
     ) -> None:  # fmt: skip
         self.scheduler, self.runner, self.depth, self._turns = scheduler, runner, depth, turns
         self.steps = 0
+        self._failures = 0
         self._under_way: deque[tuple[Draft, Launched]] = deque()
 
     @property
@@ -54,7 +62,9 @@ class EngineCore:
     def _launch(self, draft: Draft) -> None:
         try:
             with self._turns:
-                launched = self.runner.launch(draft.plan())
+                launched = self.runner.launch(draft.plan(), lambda: self._masks(draft))
+        except _EarlierStepFailed:
+            self.scheduler.rollback(draft)
         except Exception as error:
             self._drain()
             self._blame(draft, error)
@@ -62,6 +72,14 @@ class EngineCore:
             self._under_way.append((draft, launched))
             self.steps += 1
             self.scheduler.launched(draft)
+
+    def _masks(self, draft: Draft) -> list[np.ndarray | None]:
+        """Asked for while a step is launched. A grammar's next tokens depend on those of the steps under way."""
+        failures = self._failures
+        self._drain()
+        if self._failures != failures:
+            raise _EarlierStepFailed
+        return self.scheduler.masks(draft)
 
     def _drain(self) -> None:
         while self._under_way:
@@ -88,6 +106,7 @@ class EngineCore:
     def _blame(self, draft: Draft, error: Exception) -> None:
         """The step failed as a whole. One sequence: it is the reason. Several: each runs alone next, and fails
         alone."""
+        self._failures += 1
         if len(draft.parts) > 1:
             self.scheduler.isolate(draft)
             return

@@ -3,9 +3,14 @@ boundary."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from octavo.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,14 @@ class StepPlan:
 
     shared_blocks: int = 0
     """All sequences of the step have one token and begin with so many blocks in common."""
+    masked: tuple[int, ...] = ()
+    """Entries of `steps` that sample under a grammar: the loop has a mask for each."""
 
     @property
     def num_tokens(self) -> int:
         return sum(step.count for step in self.steps)
+
+
+Masks = Callable[[], "list[np.ndarray | None]"]
+"""The masks of a step, one for each of `masked`, [ceil(V / 32)] int32; None: anything goes. They depend on the tokens
+of the step before: who asks waits for those, so a runner asks when all else is launched."""

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from octavo.config import EngineConfig
+from octavo.decode.grammar import Grammars
 from octavo.engine.core import EngineCore
 from octavo.engine.service import EngineService
 from octavo.host_memory import collector_paused, memory_goes_back
@@ -51,6 +52,7 @@ class Engine:
     tokenizer: Tokenizer
     service: EngineService
     limits: Limits
+    grammars: Grammars
     seconds_to_ready: float
     users: int = 0
 
@@ -137,7 +139,9 @@ def _start(config: EngineConfig, progress: Progress | None) -> Engine:
         resolved.max_num_seqs, resolved.packing is not None, held.name, held.bytes,
         "float8_e4m3fn" if resolved.fp8_cache else str(resolved.dtype).removeprefix("torch."),
     )  # fmt: skip
-    return Engine(config, files, model_config, tokenizer.result(), service, limits, time.monotonic() - began)
+    ends = [*model_config.eos_token_ids, *tokenizer.result().eos_token_ids]
+    grammars = Grammars(tokenizer.result(), model_config.vocab_size, ends)
+    return Engine(config, files, model_config, tokenizer.result(), service, limits, grammars, time.monotonic() - began)
 
 
 @atexit.register

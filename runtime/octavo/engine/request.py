@@ -14,9 +14,13 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 from octavo.outputs import RequestMetrics
 from octavo.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(slots=True)
@@ -48,6 +52,17 @@ class TokenEvent:
 
 
 Sink = Callable[[TokenEvent], None]
+
+
+class Constraint(Protocol):
+    """What the engine asks of a grammar (`decode/grammar.py`): which tokens may come next in one sequence. An error of
+    either call is the sequence's own."""
+
+    def accept(self, token: int) -> bool:
+        """Take in the token that was made. True: the output is complete."""
+
+    def allowed(self, left: int) -> np.ndarray:
+        """[ceil(V / 32)] int32, a bit for each token: it may come next, of `left` that may still be made."""
 
 
 class Request:
@@ -83,6 +98,20 @@ class Request:
         self.metrics = RequestMetrics(arrival=time.monotonic(), prompt_tokens=len(self.prompt_ids))
         self.sequences = [Sequence(self, index) for index in range(params.width)]
 
+    def constrain(self, start: Callable[[], Constraint]) -> None:
+        """Hold each sequence to a grammar. Before the request is submitted."""
+        for sequence in self.sequences:
+            sequence.constraint = start()
+
+    @property
+    def lacks_grammar(self) -> bool:
+        """`constrain` is still to be called."""
+        return self.params.structured_outputs is not None and self.sequences[0].constraint is None
+
+    def is_end(self, token: int) -> bool:
+        """The token ends an output and is no text."""
+        return token in self.eos_token_ids or token in self.stop_token_ids
+
     @property
     def wants_logprobs(self) -> bool:
         """Log-probabilities are needed for the user, or to rank `best_of`."""
@@ -97,6 +126,7 @@ class Sequence:
         "block_keys",
         "blocks",
         "coming_key",
+        "constraint",
         "epoch",
         "finished",
         "index",
@@ -133,6 +163,7 @@ class Sequence:
         """After a step failed: run without company until so many tokens are computed, to find out whose fault it
         was."""
         self.prompt_logprobs_sent = 0
+        self.constraint: Constraint | None = None
 
     @property
     def order(self) -> tuple[int, int, int]:

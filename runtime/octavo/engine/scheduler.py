@@ -14,11 +14,15 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from octavo.engine.blocks import NULL_BLOCK, BlockPool
 from octavo.engine.coming import ComingBlocks
 from octavo.engine.plan import NewRow, RowStep, StepPlan
 from octavo.engine.request import Request, Sequence, TokenEvent
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def _order(sequence: Sequence) -> tuple[int, int, int]:
@@ -44,7 +48,13 @@ class Draft:
         copies = [(source, destination) for destination, source in self.copies.items()]
         new_blocks = [(row, index, block) for (row, index), block in self.new_blocks.items()]
         steps = [step for _, _, step in self.parts]
-        return StepPlan(steps, self.new_rows, new_blocks, copies, self.shared_blocks)
+        return StepPlan(steps, self.new_rows, new_blocks, copies, self.shared_blocks, self.masked())
+
+    def masked(self) -> tuple[int, ...]:
+        """Places in `parts` that sample under a grammar."""
+        return tuple(
+            place for place, (sequence, _, step) in enumerate(self.parts) if step.samples and sequence.constraint
+        )
 
 
 class Scheduler:
@@ -231,6 +241,20 @@ class Scheduler:
             if step.count > self.pool.block_size:
                 self._coming.name(sequence, step.start + step.count)
 
+    def masks(self, draft: Draft) -> list[np.ndarray | None]:
+        """Which tokens the sequences of a step may make, once all earlier steps are committed. None for one that ended
+        meanwhile: whatever it makes is dropped."""
+        masks: list[np.ndarray | None] = []
+        for place in draft.masked():
+            sequence, mask = draft.parts[place][0], None
+            if sequence.constraint is not None and not sequence.finished:
+                try:
+                    mask = sequence.constraint.allowed(sequence.request.max_tokens - sequence.num_output)
+                except Exception as error:
+                    self.fail(sequence, error)
+            masks.append(mask)
+        return masks
+
     def commit(self, draft: Draft, events: list[TokenEvent | None]) -> None:
         """Take in what a step produced. `events[i]` belongs to `draft.parts[i]`: its tokens and log-probabilities, or
         an error, or None if nothing was sampled. Finishes sequences, publishes full blocks, sends the events on."""
@@ -301,6 +325,12 @@ class Scheduler:
                     event.finish_reason = "stop"
                 elif token in request.stop_token_ids:
                     event.finish_reason, event.stop_reason = "stop", token
+            if event.finish_reason is None and sequence.constraint is not None:
+                try:
+                    event.finish_reason = "stop" if sequence.constraint.accept(token) else None
+                except Exception as error:
+                    self.fail(sequence, error)
+                    return
             if event.finish_reason is None and sequence.num_output >= request.max_tokens:
                 event.finish_reason = "length"
         event.index = sequence.index

@@ -10,7 +10,7 @@ import torch
 
 from octavo.attention.base import AttentionBackend
 from octavo.decode.sampler import Sampled
-from octavo.engine.plan import StepPlan
+from octavo.engine.plan import Masks, StepPlan
 from octavo.execute.context import KVCache
 from octavo.execute.graphs import StepGraphs
 from octavo.execute.model import Model
@@ -29,18 +29,18 @@ class GraphedRunner(Runner):
         self.graphs = graphs
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan, masks: Masks) -> StepResult:
         size = len(plan.steps)
         sampling = [entry for entry, step in enumerate(plan.steps) if step.samples]
         self.table.apply(plan, self.kv, blocks=not self.graphs.fits(plan))
         rows = self._sampling([plan.steps[entry].row for entry in sampling])
         hidden = self.graphs.forward(plan, sampling)
-        drawn = all(row.plain and not row.filtered and row.logprobs is None for row in rows)
+        drawn = not plan.masked and all(row.plain and not row.filtered and row.logprobs is None for row in rows)
         sampled = None
         if sampling and drawn:
             self.graphs.draw(len(sampling))
         elif sampling:
-            sampled = self._sample(plan, hidden, sampling)
+            sampled = self._sample(plan, hidden, sampling, masks)
         prompt_logprobs = self._prompt_logprobs(plan, hidden)
         tokens, broken = self.graphs.staging.fetch()
         if sampling and drawn:

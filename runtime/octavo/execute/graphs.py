@@ -20,7 +20,15 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from octavo_kernels import draw_tokens, enter_blocks, find_broken, gumbel_sample, step_inputs, top_k_top_p_min_p
+from octavo_kernels import (
+    draw_tokens,
+    enter_blocks,
+    find_broken,
+    forbid_tokens,
+    gumbel_sample,
+    step_inputs,
+    top_k_top_p_min_p,
+)
 from octavo_kernels.ahead import compiled_ahead
 
 from octavo.attention.base import AttentionBackend
@@ -278,6 +286,7 @@ class StepGraphs:
             longs = torch.zeros(rows, dtype=torch.int64, device=device)
             top_k_top_p_min_p(logits, ones, longs.to(torch.int32), ones, ones)
             gumbel_sample(logits, ones, longs, longs)
+            forbid_tokens(logits, longs, torch.zeros(rows, -(-vocabulary // 32), dtype=torch.int32, device=device))
 
 
 def _examples(shapes: Sequence[Shape]) -> list[Shape]:

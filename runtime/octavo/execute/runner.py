@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from itertools import accumulate
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from octavo.attention.base import AttentionBackend
 from octavo.decode.row import RowSampling
-from octavo.decode.sampler import DeviceLogprobs, Sampled, Sampler, logprobs_of
-from octavo.engine.plan import StepPlan
+from octavo.decode.sampler import DeviceLogprobs, Mask, Sampled, SampledRows, Sampler, join, logprobs_of
+from octavo.engine.plan import Masks, StepPlan
 from octavo.execute.context import ForwardContext, KVCache, StepInputs
 from octavo.execute.model import Model
 from octavo.execute.result import StepResult
 from octavo.execute.rows import not_finite, take
 from octavo.execute.table import RowTable
+from octavo.execute.transfer import array_to_device
 
 PROMPT_LOGPROB_TILE = 256
 """Prompt positions whose logits are held at once: [256, V] float32 is 50 MB at V = 49152."""
@@ -28,9 +30,11 @@ class Runner:
     def __init__(self, model: Model, kv: KVCache, table: RowTable, attention: AttentionBackend) -> None:
         self.model, self.kv, self.table, self.attention = model, kv, table, attention
         self.sampler = Sampler(table)
+        self.waits_for_masks = table.device.type != "cpu"
+        """Steps overlap, so the masks of one wait for the tokens of the step before."""
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan, masks: Masks) -> StepResult:
         self.table.apply(plan, self.kv)
         inputs = self.table.gather(plan, self.attention.row_multiple)
         context = ForwardContext(inputs, self.attention.prepare(inputs), self.kv)
@@ -39,14 +43,14 @@ class Runner:
         sampling = [entry for entry, step in enumerate(plan.steps) if step.samples]
         return StepResult(
             size=len(plan.steps),
-            sampled=self._sample(plan, hidden, sampling) if sampling else None,
+            sampled=self._sample(plan, hidden, sampling, masks) if sampling else None,
             sampling=sampling,
             broken=broken,
             prompt_logprobs=self._prompt_logprobs(plan, hidden),
             device=self.table.device,
         )
 
-    def _sample(self, plan: StepPlan, hidden: torch.Tensor, sampling: list[int]) -> Sampled:
+    def _sample(self, plan: StepPlan, hidden: torch.Tensor, sampling: list[int], masks: Masks) -> Sampled:
         table, steps = self.table, plan.steps
         ends = list(accumulate(step.count for step in steps))
         host_rows = [steps[entry].row for entry in sampling]
@@ -57,9 +61,27 @@ class Runner:
         packed = table.send([*host_rows, *lengths, *last, *last[:1] * padding], torch.int64)
         rows, positions, chosen = torch.split(packed, [size, size, size + padding])
         logits = self.model.logits(take(hidden, chosen))[:size]
-        sampled = self.sampler.sample(logits, rows, self._sampling(host_rows), host_rows, lengths, positions)
+        batch = SampledRows(logits, rows, positions, self._sampling(host_rows), host_rows, lengths)
+        masked = [place for place, entry in enumerate(sampling) if entry in plan.masked]
+        sampled = self._draw(batch, masked, masks)
         table.tokens.index_put_((rows, positions), sampled.tokens.clamp_min(0).to(torch.int32))
         return sampled
+
+    def _draw(self, batch: SampledRows, masked: list[int], masks: Masks) -> Sampled:
+        """Rows under a grammar come last: the others need not wait for the masks."""
+        if not masked:
+            return self.sampler.sample(batch)
+        others = sorted(set(range(len(batch.lengths))) - set(masked))
+        if not others or not self.waits_for_masks:
+            return self.sampler.sample(batch, self._mask(masked, masks))
+        first = self.sampler.sample(batch.part(others))
+        then = self.sampler.sample(batch.part(masked), self._mask(list(range(len(masked))), masks))
+        return join([(others, first), (masked, then)])
+
+    def _mask(self, places: list[int], masks: Masks) -> Mask:
+        everything = np.full(-(-self.table.vocab_size // 32), -1, dtype=np.int32)
+        allowed = np.stack([everything if mask is None else mask for mask in masks()])
+        return Mask(self.table.send(places, torch.int64), array_to_device(allowed, self.table.device))
 
     def _sampling(self, rows: list[int]) -> list[RowSampling]:
         return [sampling for row in rows if (sampling := self.table.sampling[row]) is not None]
