@@ -45,7 +45,9 @@ Answer with <tool_call>{"name": ..., "arguments": ...}</tool_call> to use one.<|
 {% endif -%}
 """
 
-THINKING = HERMES.rstrip().removesuffix("{% endif -%}") + """
+THINKING = (
+    HERMES.rstrip().removesuffix("{% endif -%}")
+    + """
 {%- if enable_thinking is defined and enable_thinking is false -%}
 <think>
 
@@ -54,11 +56,15 @@ THINKING = HERMES.rstrip().removesuffix("{% endif -%}") + """
 {% endif -%}
 {%- endif -%}
 """
+)
 """May think first, as Qwen3 does; `enable_thinking=False` writes empty thoughts into the prompt."""
 
-OPENED = HERMES.rstrip().removesuffix("{% endif -%}") + """<think>
+OPENED = (
+    HERMES.rstrip().removesuffix("{% endif -%}")
+    + """<think>
 {% endif -%}
 """
+)
 """The prompt begins the thoughts, as DeepSeek-R1's does."""
 
 LLAMA = """
@@ -106,13 +112,16 @@ MISTRAL = """
     {%- endif %}
 {%- endfor %}
 """
-MISTRAL_ARRAY = MISTRAL.replace("{{- CALLS }}", """
+MISTRAL_ARRAY = MISTRAL.replace(
+    "{{- CALLS }}",
+    """
         {{- "[TOOL_CALLS] [" }}
         {%- for call in message.tool_calls %}
             {%- if call.id | length != 9 %}{{ raise_exception("ids have nine letters") }}{% endif %}
             {{- (call.function | tojson)[:-1] + ', "id": "' + call.id + '"}' + (", " if not loop.last else "]") }}
         {%- endfor %}
-        {{- eos_token }}""")
+        {{- eos_token }}""",
+)
 """An array of calls."""
 _NAMED = """
         {%- for call in message.tool_calls %}
