@@ -79,9 +79,11 @@ GOOD = [
     ("generic", f"Let me see.\n{CALL}", ("Let me see.", "", [("weather", PARIS)])),
     ("hermes", f"\n{CALL}\n{NOW}\n", ("", "", [("weather", PARIS), ("now", "{}")])),
     ("hermes", f"{CALL} and then", (" and then", "", [("weather", PARIS)])),
-    ("hermes", '<tool_call>{"arguments": {"a": [1, "}"]}, "name": "now"}</tool_call>', ("", "", [("now", '{"a": [1, "}"]}')])),
+    ("hermes", '<tool_call>{"arguments": {"a": [1, "}"]}, "name": "now"}</tool_call>',
+     ("", "", [("now", '{"a": [1, "}"]}')])),
     ("hermes", '<tool_call>\n{"name": "now"}\n</tool_call>', ("", "", [("now", "{}")])),
-    ("hermes", '<tool_call>{"id": {"x": [1]}, "name": "now", "arguments": {}, "y": 2}</tool_call>', ("", "", [("now", "{}")])),
+    ("hermes", '<tool_call>{"id": {"x": [1]}, "name": "now", "arguments": {}, "y": 2}</tool_call>',
+     ("", "", [("now", "{}")])),
     ("hermes", '<tool_call>{"name": "n\\u006fw", "arguments": {"a": "\\"}</tool_call>"}}</tool_call>',
      ("", "", [("now", '{"a": "\\"}</tool_call>"}')])),
     ("thinking", f"<think>\nParis?\n\nYes. </think>\n\n{CALL}", ("", "Paris?\n\nYes.", [("weather", PARIS)])),
@@ -99,11 +101,14 @@ GOOD = [
     ("llama", '{"name": "Bob", "parameters": {}}', ('{"name": "Bob", "parameters": {}}', "", [])),
     ("llama", '{"name": "now", "age": 3}', ('{"name": "now", "age": 3}', "", [])),
     ("llama", '{"parameters": {"a": 1}, "name": "now"}', ("", "", [("now", '{"a": 1}')])),
-    ("mistral array", f'[TOOL_CALLS] [{{"name": "weather", "arguments": {PARIS}, "id": "abcdefghi"}}, {{"name": "now", "arguments": {{}}}}]</s>',
+    ("mistral array", f'[TOOL_CALLS] [{{"name": "weather", "arguments": {PARIS}, "id": "abcdefghi"}}, '
+     '{"name": "now", "arguments": {}}]</s>',
      ("</s>", "", [("weather", PARIS), ("now", "{}")])),
     ("mistral array", f"[TOOL_CALLS]weather{PARIS}", ("", "", [("weather", PARIS)])),
-    ("mistral named", f"Well. [TOOL_CALLS]weather{PARIS}[TOOL_CALLS]now{{}}", ("Well.", "", [("weather", PARIS), ("now", "{}")])),
-    ("mistral args", f"[TOOL_CALLS]weather[ARGS]{PARIS}[TOOL_CALLS]now[ARGS]{{}}", ("", "", [("weather", PARIS), ("now", "{}")])),
+    ("mistral named", f"Well. [TOOL_CALLS]weather{PARIS}[TOOL_CALLS]now{{}}",
+     ("Well.", "", [("weather", PARIS), ("now", "{}")])),
+    ("mistral args", f"[TOOL_CALLS]weather[ARGS]{PARIS}[TOOL_CALLS]now[ARGS]{{}}",
+     ("", "", [("weather", PARIS), ("now", "{}")])),
     ("mistral ids", f"[TOOL_CALLS]weather[CALL_ID]abcdefghi[ARGS]{PARIS}<|im_end|>", ("", "", [("weather", PARIS)])),
 ]  # fmt: skip
 
@@ -197,8 +202,8 @@ def test_other_special_tokens_are_no_text() -> None:
 FRAGMENTS = [
     "<tool_call>", "</tool_call>", "<tool", "_call>", "<think>", "</think>", "</", "[TOOL_CALLS]", "[TOOL", "[ARGS]",
     "[CALL_ID]", "abcdefghi", "<|python_tag|>", "<|eot_id|>", "[INST]", "[", "]", "{", "}", '{"name": "now", ',
-    '"arguments": ', '"parameters": ', '{"city": "', '"', "\\", "\n", " ", "weather", "now", "1.5", "null", ",", ":", CALL,
-    NOW, BARE, f'{{"name": "weather", "arguments": {PARIS}}}', "text", "é日", "<|im", "_end|>",
+    '"arguments": ', '"parameters": ', '{"city": "', '"', "\\", "\n", " ", "weather", "now", "1.5", "null", ",", ":",
+    CALL, NOW, BARE, f'{{"name": "weather", "arguments": {PARIS}}}', "text", "é日", "<|im", "_end|>",
 ]  # fmt: skip
 
 

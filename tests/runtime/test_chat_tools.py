@@ -200,7 +200,7 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("options", "field", "words"), BAD, ids=lambda value: str(value)[:50])
+@pytest.mark.parametrize(("options", "field", "words"), BAD, ids=lambda value: value if isinstance(value, str) else "")
 def test_what_is_wrong_is_named(options: dict[str, Any], field: str, words: str) -> None:
     with pytest.raises(RequestError, match=words) as caught:
         plan_for("generic", **options)
@@ -221,10 +221,11 @@ def fits(form: str, plan: ChatPlan, text: str) -> bool:
     assert plan.params.structured_outputs is not None
     tokenizer = tokenizer_for(form)
     constraint = grammars(form).compile(plan.params.structured_outputs).start()
+    ids = tokenizer.encode(text, add_special_tokens=False)
     try:
-        for token in tokenizer.encode(text, add_special_tokens=False):
+        for place, token in enumerate(ids):
             if constraint.accept(token):
-                return token == tokenizer.encode(text, add_special_tokens=False)[-1]
+                return place == len(ids) - 1
     except RequestFailedError:
         return False
     mask = np.zeros(constraint.words, dtype=np.int32)
@@ -258,7 +259,7 @@ WRITTEN = {
 NOW, RAIN = ("now", "{}"), ("weather_map", '{"layers": ["rain"]}')
 PARIS = (
     "weather",
-    '{"where": {"kind": "city", "within": {"kind": "sea"}}, "days": 3, "note": "\\u00e9 <tool_call> {"}',
+    '{"where": {"kind": "city", "within": {"kind": "sea"}}, "days": 3, "note": "\\"é\\" <tool_call> {"}',
 )
 
 
@@ -274,8 +275,8 @@ def test_what_a_grammar_takes(form: str) -> None:
 
     every_call = {write(NOW): True, write(RAIN): True, write(PARIS): True, write(NOW, PARIS): many}
     wrong = {
-        write(("then", "{}")): False, write(("now", '{"a": 1}')): False, write(("weather_map", '{"layers": []}')): False,
-        write(("weather", '{"days": 3}')): False, write(("weather_map", '{"layers": ["city"]}')): False,
+        write(("then", "{}")): False, write(("now", '{"a": 1}')): False, write(("weather", '{"days": 3}')): False,
+        write(("weather_map", '{"layers": []}')): False, write(("weather_map", '{"layers": ["city"]}')): False,
         write(NOW)[:-1]: False,
     }  # fmt: skip
     text = {"Hello {there}.": True, "": True, "<tool": True}
@@ -285,14 +286,14 @@ def test_what_a_grammar_takes(form: str) -> None:
         tool_choice="required",
     )
     check(
-        {**every_call, **wrong, **text, "Well.\n" + write(NOW): many, write(NOW) + " more": False}, tool_choice="auto"
+        {**every_call, **wrong, **text, "Well.\n" + write(NOW): True, write(NOW) + " more": False}, tool_choice="auto"
     )
     single = {write(NOW): True, write(RAIN): False, write(NOW, NOW): False, "Hello": False}
     check(single, tool_choice="now")
     one = {**every_call, write(NOW, PARIS): False, "Hello": True}
     check(one, tool_choice="auto", parallel_tool_calls=False)
     check({**one, "Hello": False}, tool_choice="required", parallel_tool_calls=False)
-    content = '{"name": "<tool_call> [TOOL_CALLS]"}'
+    content = '{"name": "<tool_call> <think>"}'
     check({**every_call, **wrong, content: True, '{"name": 1}': False, **no_text}, json_schema=SCHEMA)
     check({'{"a": [1, {"b": "c"}]}': True, "[1]": False, **no_text}, tools=None, json_object=True)
     check({content: True, '{"name": 1}': False, write(NOW): False}, tools=None, json_schema=SCHEMA)
@@ -352,33 +353,31 @@ def test_tools_take_no_more_than_they_name() -> None:
 # -- random walks ----------------------------------------------------------------------------------------------------
 
 
-def walk(form: str, plan: ChatPlan, chance: random.Random, begin: str = "") -> tuple[list[int], bool]:
-    """An output of tokens drawn from those that the grammar allows; and whether it ended before it was cut."""
+def walk(form: str, plan: ChatPlan, chance: random.Random, begin: str = "") -> list[int]:
+    """An output of tokens drawn from those that the grammar allows, often those that close something."""
     assert plan.params.structured_outputs is not None
-    tokenizer, ids = tokenizer_for(form), []
+    tokenizer = tokenizer_for(form)
     constraint = grammars(form).compile(plan.params.structured_outputs).start()
     mask = np.zeros(constraint.words, dtype=np.int32)
+    closing = {*tokenizer.eos_token_ids, *map(tokenizer.backend.token_to_id, ("</think>", '"', "}", "]"))}
+    ids: list[int] = []
     wanted = tokenizer.encode(begin, add_special_tokens=False)
-    closing = tokenizer.backend.token_to_id("</think>")
-    for left in range(120, 0, -1):
-        constraint.allow(mask, left)
+    for _ in range(1000):
+        constraint.allow(mask, 100_000)
         allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
-        end = next((one for one in tokenizer.eos_token_ids if one in allowed), None)
+        usual = closing.intersection(allowed)
         if wanted:
             token = wanted.pop(0)
-        elif end is not None and (left < 60 or chance.random() < 0.3):
-            return ids, True
-        elif closing in allowed and chance.random() < 0.3:
-            token = closing
+        elif usual and chance.random() < 0.4:
+            token = chance.choice(sorted(usual))
         else:
             token = int(allowed[chance.randrange(len(allowed))])
-            if token == end:
-                return ids, True
+        if token in tokenizer.eos_token_ids:
+            return ids
         ids.append(token)
         if constraint.accept(token):
-            return ids, True
-    constraint.allow(mask, 1000)
-    return ids, bool(mask[tokenizer.eos_token_ids[0] >> 5] >> (tokenizer.eos_token_ids[0] & 31) & 1)
+            return ids
+    raise AssertionError(tokenizer.decode(ids, skip_special_tokens=False))
 
 
 def parsed(form: str, plan: ChatPlan, ids: list[int]) -> ParsedMessage:
@@ -392,25 +391,21 @@ def parsed(form: str, plan: ChatPlan, ids: list[int]) -> ParsedMessage:
     return parser.message
 
 
+MARKERS = {"llama": "{", "mistral": "[TOOL_CALLS]"}
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_whatever_a_model_prefers_its_calls_are_valid(form: str) -> None:
     chance = random.Random(form)
-    write, thought = WRITTEN[form], "Hm.</think>\n\n" if form == "opened" else ""
-    begin = {"auto": thought + write(("", ""))[: 2 if form == "llama" else 12]}
+    thought = "Hm.</think>\n\n" if form == "opened" else ""
     text = "" if form == "llama" else "Let me see. "
-    begin["auto"] = (
-        thought
-        + text
-        + write(("", "")).split("{")[0].split("[CALL_ID]")[0].split("[ARGS]")[0]
-        + ("{" if form == "llama" else "")
-    )
+    begin = {"auto": thought + text + MARKERS.get(form.split()[0], "<tool_call>")}
     seen: set[str] = set()
     for choice in ["required"] * 20 + ["weather"] * 10 + ["auto"] * 20:
         plan = plan_for(form, tool_choice=choice)
-        ids, ended = walk(form, plan, chance, begin.get(choice, ""))
+        ids = walk(form, plan, chance, begin.get(choice, ""))
         message = parsed(form, plan, ids)
         where = tokenizer_for(form).decode(ids, skip_special_tokens=False)
-        assert ended, where
         assert message.tool_calls, where
         assert message.content == (text.strip() if choice == "auto" else ""), where
         for call in message.tool_calls:

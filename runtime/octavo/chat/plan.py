@@ -120,10 +120,10 @@ def _render(
     try:
         return tokenizer.apply_chat_template(shaped, tools=shown, chat_template=source, **(kwargs or {}))
     except RequestError as error:
-        folded = without_system(shaped)
-        if error.field != "messages" or form.shows_tools or folded is shaped:
+        told = tools and not form.shows_tools  # then the system message may be ours alone
+        if error.field != "messages" or not told:
             raise
-        return tokenizer.apply_chat_template(folded, chat_template=source, **(kwargs or {}))
+        return tokenizer.apply_chat_template(without_system(shaped), chat_template=source, **(kwargs or {}))
 
 
 def _shown(tool: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from octavo.chat.calls import ObjectCall
-from octavo.chat.formats.base import object_calls
 from octavo.chat.history import one_call_each, plain_arguments
 from octavo.chat.lark import Lark
 from octavo.chat.stages import Next, Start
@@ -30,7 +29,27 @@ class Llama:
         return one_call_each(plain_arguments(messages))
 
     def calls(self, lark: Lark, tools: Sequence[Tool], many: bool) -> str:
-        return object_calls(lark, tools, "parameters")
+        # whole JSON documents: the library can tell them from other JSON that begins alike, which text it could not
+        return lark.rule("call", " | ".join(
+            lark.schema(f"call_{number}", {
+                "type": "object", "properties": {"name": {"const": tool.name}, "parameters": within(tool.arguments)},
+                "required": ["name", "parameters"], "additionalProperties": False,
+            })
+            for number, tool in enumerate(tools)
+        ))  # fmt: skip
 
     def start(self, prose: Next, after: Next, known: Collection[str] | None) -> Start:
         return lambda ahead: ObjectCall(ahead, after, prose, known=known)
+
+
+def within(schema: Any) -> Any:
+    """The schema of arguments as a part of a call's, at which its references then point."""
+    if isinstance(schema, list):
+        return [within(part) for part in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    moved = {name: within(part) for name, part in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        moved["$ref"] = "#/properties/parameters" + reference[1:]
+    return moved
