@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from llama_index.core.base.llms.types import ChatResponse, CompletionResponse, LogProb
-
 from llama_index.llms.octavo.messages import to_message
+
 from octavo.chat import Delta, ReasoningDelta, TextDelta
 from octavo.outputs import CompletionOutput, Logprob, RequestOutput, StreamPiece, TokenLogprobs
 from octavo.tokenizer import Tokenizer
@@ -105,9 +105,7 @@ class Answer:
         self._take_whole(output)
         return self._completion(output, self._logprobs(output.outputs[0]), None)
 
-    def _completion(
-        self, output: RequestOutput | None, logprobs: Logprobs, delta: str | None
-    ) -> CompletionResponse:
+    def _completion(self, output: RequestOutput | None, logprobs: Logprobs, delta: str | None) -> CompletionResponse:
         more = {"thinking": self._reasoning} if self._reasoning else {}
         return CompletionResponse(
             text=self._text, delta=delta, logprobs=logprobs, raw=self._raw(output),
@@ -158,7 +156,10 @@ class Answer:
         if made.logprobs is None or made.index != 0:
             return None
         return [
-            [self._logprob(token, found[token]), *(self._logprob(id_, one) for id_, one in found.items() if id_ != token)]
+            [
+                self._logprob(token, found[token]),
+                *(self._logprob(id_, one) for id_, one in found.items() if id_ != token),
+            ]
             for token, found in zip(made.token_ids, made.logprobs, strict=True)
         ]
 

@@ -1,4 +1,4 @@
-"""`OctavoFields`: what an `Octavo` is made of. Its fields and their checks, its engine, copies and what is written down.
+"""`OctavoFields`: what an `Octavo` is made of. Fields and their checks, its engine, copies, what is written down.
 
 The base of `llm.Octavo`; nothing here makes a request.
 """
@@ -15,9 +15,9 @@ from llama_index.core.base.llms.types import LLMMetadata
 from llama_index.core.bridge.pydantic import Field, PrivateAttr, ValidationError, field_serializer
 from llama_index.core.constants import DEFAULT_TEMPERATURE
 from llama_index.core.llms.function_calling import FunctionCallingLLM
-
 from llama_index.llms.octavo.model_facts import OwnTemplate, metadata_of
 from llama_index.llms.octavo.options import SAMPLING, TEMPLATED, refuse_unknown
+
 from octavo.async_llm import AsyncLLM
 from octavo.config import engine_config_from
 from octavo.errors import ConfigError, RequestError
@@ -58,7 +58,9 @@ class OctavoFields(FunctionCallingLLM):
     ignore_eos: bool | None = Field(default=None, description="Go on after the end-of-sequence token.")
     presence_penalty: float | None = Field(default=None, description="For tokens that were made already, [-2, 2].")
     frequency_penalty: float | None = Field(default=None, description="For each time that they were made, [-2, 2].")
-    repetition_penalty: float | None = Field(default=None, description="Above 1: repeats less, the prompt's tokens too.")
+    repetition_penalty: float | None = Field(
+        default=None, description="Above 1: repeats less, the prompt's tokens too."
+    )
     logit_bias: dict[int, float] | None = Field(default=None, description="Added to the logits, by token id.")
     bad_words: list[str] | None = Field(default=None, description="Words which are never made.")
     allowed_token_ids: list[int] | None = Field(default=None, description="Only these tokens are made.")

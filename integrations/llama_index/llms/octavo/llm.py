@@ -21,13 +21,13 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import default_completion_to_prompt
-
 from llama_index.llms.octavo.answer import Answer, PlainParser
 from llama_index.llms.octavo.messages import to_dicts
 from llama_index.llms.octavo.model_facts import OwnTemplate
 from llama_index.llms.octavo.options import CHAT, PLAIN, TEMPLATED, CallOptions, call_options
 from llama_index.llms.octavo.streams import AsyncResponseStream, ResponseStream
 from llama_index.llms.octavo.structured import StructuredCalls
+
 from octavo.async_llm import AsyncTokenStream
 from octavo.chat import plan_chat
 from octavo.client import Client
@@ -99,9 +99,7 @@ class Octavo(StructuredCalls):
         given = {**kwargs, "formatted": formatted}
         return self._stream(llm_completion_callback(), self._text_job, Answer.completion_piece, prompt, given)
 
-    async def astream_complete(
-        self, prompt: str, formatted: bool = False, **kwargs: Any
-    ) -> CompletionResponseAsyncGen:
+    async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         given = {**kwargs, "formatted": formatted}
         return await self._astream(llm_completion_callback(), self._text_job, Answer.completion_piece, prompt, given)
 
@@ -111,7 +109,8 @@ class Octavo(StructuredCalls):
         self, callback: Callable[..., Any], make_job: Callable[..., _Job], show: Callable[..., Any], asked: Any,
         given: Mapping[str, Any],
     ) -> ResponseStream[Any]:  # fmt: skip
-        """`callback` is LlamaIndex's decorator: it sends the events, and wraps the generator to send those of its end."""
+        """`callback` is LlamaIndex's decorator: it sends the events, and wraps the generator to send those of its end.
+        """
         opened: list[TokenStream] = []
 
         @callback
@@ -143,11 +142,12 @@ class Octavo(StructuredCalls):
     def _chat_job(self, engine: Client, messages: Sequence[ChatMessage], given: Mapping[str, Any]) -> _Job:
         options = self._options(given, CHAT)
         params = self.sampling_params(given)
-        if not isinstance(self.messages_to_prompt, OwnTemplate):
+        to_prompt = self.messages_to_prompt
+        if to_prompt is not None and not isinstance(to_prompt, OwnTemplate):
             if options.tools:
                 message = "tools need the model's chat template: leave messages_to_prompt out, or the tools"
                 raise RequestError(message, "tools")
-            return self._plain_job(engine.tokenizer, self.messages_to_prompt(messages), params, options)
+            return self._plain_job(engine.tokenizer, to_prompt(messages), params, options)
         return self._templated_job(engine.tokenizer, to_dicts(messages), params, options)
 
     def _text_job(self, engine: Client, prompt: str, given: Mapping[str, Any]) -> _Job:
@@ -155,9 +155,10 @@ class Octavo(StructuredCalls):
         formatted = given.pop("formatted", False)
         if not isinstance(prompt, str):
             raise RequestError(f"prompt must be text, not {type(prompt).__name__}", "prompt")
-        own = self.completion_to_prompt is default_completion_to_prompt
-        if formatted or not own or not engine.tokenizer.has_chat_template:
-            text = prompt if formatted else self.completion_to_prompt(prompt)
+        to_prompt = None if formatted else self.completion_to_prompt
+        own = to_prompt is default_completion_to_prompt
+        if not own or not engine.tokenizer.has_chat_template:
+            text = prompt if to_prompt is None else to_prompt(prompt)
             options = self._options(given, PLAIN)
             return self._plain_job(engine.tokenizer, text, self.sampling_params(given), options)
         options = self._options(given, TEMPLATED)

@@ -31,8 +31,9 @@ _ROLES = {
 }
 
 
-def to_dicts(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages in OpenAI's form. Raises `RequestError` (field "messages") that names a message which is no text."""
+def to_dicts(messages: Any) -> list[dict[str, Any]]:
+    """A list of `ChatMessage`s in OpenAI's form. Raises `RequestError` (field "messages") that names a message which is
+    no text."""
     if isinstance(messages, str | ChatMessage) or not isinstance(messages, Sequence):
         raise RequestError("messages must be a list of ChatMessage", "messages")
     if not messages:

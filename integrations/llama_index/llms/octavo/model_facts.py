@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llama_index.core.base.llms.types import ChatMessage, LLMMetadata
-
 from llama_index.llms.octavo.messages import to_dicts
+
 from octavo.models.config import load_config
 from octavo.models.sources import resolve
 from octavo.shared import SharedEngine

@@ -53,7 +53,10 @@ def call_options(given: Mapping[str, Any], allowed: frozenset[str]) -> CallOptio
         rest["tool_choice"] = _tool_choice(rest["tool_choice"])
     schema, json_object = _response_format(form)
     return CallOptions(
-        tools=[openai_tool(tool) for tool in _sequence(tools)] or None, json_schema=schema, json_object=json_object, **rest
+        tools=[openai_tool(tool) for tool in _sequence(tools)] or None,
+        json_schema=schema,
+        json_object=json_object,
+        **rest,
     )
 
 

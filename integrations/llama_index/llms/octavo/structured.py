@@ -8,7 +8,7 @@ the model cannot answer anything else.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator
-from typing import Any
+from typing import Any, cast
 
 from llama_index.core.base.llms.types import ChatResponse
 from llama_index.core.bridge.pydantic import BaseModel, ValidationError
@@ -17,9 +17,9 @@ from llama_index.core.llms.llm import dispatcher
 from llama_index.core.program.utils import FlexibleModel, create_flexible_model
 from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
 from llama_index.core.types import Model, PydanticProgramMode
+from llama_index.llms.octavo.tools import ToolCalls
 from pydantic_core import from_json
 
-from llama_index.llms.octavo.tools import ToolCalls
 from octavo.errors import RequestError
 
 
@@ -27,7 +27,11 @@ class StructuredCalls(ToolCalls):
     """Answers that are instances of a pydantic class."""
 
     def structured_predict(
-        self, output_cls: type[Model], prompt: PromptTemplate, llm_kwargs: dict[str, Any] | None = None, **prompt_args: Any
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
     ) -> Model:
         """The answer as an instance of `output_cls`. llm_kwargs: arguments of `chat`.
 
@@ -35,17 +39,21 @@ class StructuredCalls(ToolCalls):
         `ValidationError` when a check of the class fails that its schema does not express.
         """
         if not self._by_grammar:
-            return super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+            return cast(Model, super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args))
         _started(output_cls, prompt, prompt_args)
         response = self.chat(self._get_messages(prompt, **prompt_args), **_asking(output_cls, llm_kwargs))
         return _ended(_instance(output_cls, response))
 
     async def astructured_predict(
-        self, output_cls: type[Model], prompt: PromptTemplate, llm_kwargs: dict[str, Any] | None = None, **prompt_args: Any
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
     ) -> Model:
         """`structured_predict` for asyncio."""
         if not self._by_grammar:
-            return await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+            return cast(Model, await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args))
         _started(output_cls, prompt, prompt_args)
         response = await self.achat(self._get_messages(prompt, **prompt_args), **_asking(output_cls, llm_kwargs))
         return _ended(_instance(output_cls, response))
@@ -53,7 +61,11 @@ class StructuredCalls(ToolCalls):
     # LlamaIndex's stream_structured_predict and its twin send the events around these two.
 
     def _structured_stream_call(
-        self, output_cls: type[Model], prompt: PromptTemplate, llm_kwargs: dict[str, Any] | None = None, **prompt_args: Any
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
     ) -> Generator[Any, None, None]:
         if not self._by_grammar:
             return super()._structured_stream_call(output_cls, prompt, llm_kwargs, **prompt_args)
@@ -70,7 +82,11 @@ class StructuredCalls(ToolCalls):
             stream.close()
 
     async def _structured_astream_call(
-        self, output_cls: type[Model], prompt: PromptTemplate, llm_kwargs: dict[str, Any] | None = None, **prompt_args: Any
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
     ) -> AsyncGenerator[Any, None]:
         if not self._by_grammar:
             return await super()._structured_astream_call(output_cls, prompt, llm_kwargs, **prompt_args)

@@ -12,7 +12,6 @@ from llama_index.core.base.llms.types import ChatMessage, ChatResponse, MessageR
 from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.llms.utils import parse_partial_json
 from llama_index.core.tools.types import BaseTool
-
 from llama_index.llms.octavo.fields import OctavoFields
 from llama_index.llms.octavo.options import openai_tool
 
@@ -34,7 +33,9 @@ class ToolCalls(OctavoFields):
         """Arguments of `chat`. `tool_choice` ("auto", "required", "none", a name) goes before `tool_required`."""
         messages = list(chat_history or ())
         if user_msg is not None:
-            messages.append(ChatMessage(role=MessageRole.USER, content=user_msg) if isinstance(user_msg, str) else user_msg)
+            messages.append(
+                ChatMessage(role=MessageRole.USER, content=user_msg) if isinstance(user_msg, str) else user_msg
+            )
         arguments: dict[str, Any] = {"messages": messages, **kwargs}
         if tools:
             arguments["tools"] = [openai_tool(tool) for tool in tools]
