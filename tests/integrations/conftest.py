@@ -2,4 +2,4 @@
 
 import pytest
 
-pytest.register_assert_rewrite("llama_index_contract", "llama_index_recorder")
+pytest.register_assert_rewrite("llama_index_contract", "llama_index_tool_contract", "llama_index_recorder")

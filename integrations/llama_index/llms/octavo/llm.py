@@ -109,8 +109,7 @@ class Octavo(StructuredCalls):
         self, callback: Callable[..., Any], make_job: Callable[..., _Job], show: Callable[..., Any], asked: Any,
         given: Mapping[str, Any],
     ) -> ResponseStream[Any]:  # fmt: skip
-        """`callback` is LlamaIndex's decorator: it sends the events, and wraps the generator to send those of its end.
-        """
+        """`callback` is LlamaIndex's decorator, which sends the events, those of the stream's end too."""
         opened: list[TokenStream] = []
 
         @callback
