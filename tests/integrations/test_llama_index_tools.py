@@ -16,6 +16,7 @@ from llama_index.core.bridge.pydantic import BaseModel, Field
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.octavo import Octavo
+from llama_index.llms.octavo.schemas import class_schema, openai_tool
 from llama_index_tool_contract import StructuredContract, ToolContract
 from octavo import LLM, RequestError
 
@@ -97,6 +98,37 @@ def test_thoughts_of_earlier_messages_reach_the_template(thinker: Octavo) -> Non
         thinker.chat([*USER, message, *USER]).raw["usage"]["prompt_tokens"] for message in (answer.message, plain)
     )
     assert with_thoughts > without
+
+
+# -------------------------------------------------------------------- schemas
+
+
+def test_objects_have_the_members_that_are_named_and_no_others() -> None:
+    class Part(BaseModel):
+        properties: int
+        sizes: dict[str, int]
+
+    class Open(BaseModel, extra="allow"):
+        word: str
+
+    class Whole(BaseModel):
+        parts: list[Part]
+        more: Open
+        choice: Part | None = None
+
+    schema = class_schema(Whole)
+    assert schema["additionalProperties"] is False
+    assert schema["$defs"]["Part"]["additionalProperties"] is False
+    assert schema["$defs"]["Part"]["properties"]["sizes"]["additionalProperties"] == {"type": "integer"}
+    assert schema["$defs"]["Open"]["additionalProperties"] is True
+    assert set(schema["$defs"]["Part"]["properties"]) == {"properties", "sizes"}
+    parameters = openai_tool(FunctionTool.from_defaults(lambda **_: "", name="build", fn_schema=Whole))["function"][
+        "parameters"
+    ]
+    assert parameters["additionalProperties"] is False
+    assert parameters["$defs"]["Part"]["additionalProperties"] is False
+    as_it_is = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    assert openai_tool(as_it_is) == as_it_is
 
 
 # -------------------------------------------------------------------- other grammars

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from llama_index.core.bridge.pydantic import BaseModel
-from llama_index.core.tools.types import BaseTool
+from llama_index.llms.octavo.schemas import openai_tool, response_format
 
 from octavo.config import EngineConfig
 from octavo.errors import RequestError
@@ -48,28 +47,15 @@ def call_options(given: Mapping[str, Any], allowed: frozenset[str]) -> CallOptio
     refuse_unknown(given, SAMPLING | allowed, "argument")
     rest = {name: value for name, value in given.items() if name in allowed and value is not None}
     tools = rest.pop("tools", None)
-    form = rest.pop("response_format", None)
     if "tool_choice" in rest:
         rest["tool_choice"] = _tool_choice(rest["tool_choice"])
-    schema, json_object = _response_format(form)
+    schema, json_object = response_format(rest.pop("response_format", None))
     return CallOptions(
         tools=[openai_tool(tool) for tool in _sequence(tools)] or None,
         json_schema=schema,
         json_object=json_object,
         **rest,
     )
-
-
-def openai_tool(tool: Any) -> dict[str, Any]:
-    """A tool of LlamaIndex, or one that is a dict already, in OpenAI's form. Raises `RequestError` on anything else."""
-    if isinstance(tool, Mapping):
-        return dict(tool)
-    if not isinstance(tool, BaseTool):
-        raise RequestError(f"a tool must be a LlamaIndex tool or a dict, not {type(tool).__name__}", "tools")
-    try:
-        return tool.metadata.to_openai_tool(skip_length_check=True)
-    except Exception as error:  # whatever pydantic says of the types of a function's arguments
-        raise RequestError(f"tool {tool.metadata.name!r} has no JSON schema: {error}", "tools") from error
 
 
 def _sequence(tools: Any) -> Sequence[Any]:
@@ -88,24 +74,6 @@ def _tool_choice(choice: Any) -> str:
     if not isinstance(choice, str) or not choice:
         raise RequestError('tool_choice must be "auto", "required", "none" or the name of a tool', "tool_choice")
     return "required" if choice == "any" else choice
-
-
-def _response_format(form: Any) -> tuple[dict[str, Any] | None, bool]:
-    """The schema, or whether any JSON object will do: from a pydantic class or a dict of OpenAI's form."""
-    if form is None:
-        return None, False
-    if isinstance(form, type) and issubclass(form, BaseModel):
-        return form.model_json_schema(), False
-    if isinstance(form, Mapping):
-        kind, inner = form.get("type"), form.get("json_schema")
-        if kind == "json_schema" and isinstance(inner, Mapping) and isinstance(inner.get("schema"), Mapping):
-            return dict(inner["schema"]), False
-        if kind in ("json_object", "text"):
-            return None, kind == "json_object"
-    raise RequestError(
-        'response_format must be a pydantic class, {"type": "json_object"} or '
-        '{"type": "json_schema", "json_schema": {"schema": ...}}', "response_format",
-    )  # fmt: skip
 
 
 def refuse_unknown(given: Iterable[str], known: frozenset[str], what: str) -> None:

@@ -13,7 +13,7 @@ from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.llms.utils import parse_partial_json
 from llama_index.core.tools.types import BaseTool
 from llama_index.llms.octavo.fields import OctavoFields
-from llama_index.llms.octavo.options import openai_tool
+from llama_index.llms.octavo.schemas import openai_tool
 
 
 class ToolCalls(OctavoFields):
