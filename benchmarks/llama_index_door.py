@@ -20,7 +20,6 @@ from typing import Any
 
 from llama_index.core.llms import ChatMessage
 from llama_index.llms.octavo import Octavo
-
 from octavo import AsyncLLM, SamplingParams
 
 MESSAGES = [ChatMessage(role="user", content="Write a story about a lighthouse.")]

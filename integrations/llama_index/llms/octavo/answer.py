@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from llama_index.core.base.llms.types import ChatResponse, CompletionResponse, LogProb
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, LogProb
 from llama_index.llms.octavo.messages import to_message
 
 from octavo.chat import Delta, ReasoningDelta, TextDelta
@@ -79,7 +79,9 @@ class Answer:
     def chat_piece(self, piece: StreamPiece) -> ChatResponse:
         """The message so far, and what the last piece added."""
         more: dict[str, Any] = {"thinking_delta": self._thought} if self._thought else {}
-        return self._chat(piece.output, self._logprobs(piece), self._said, more)
+        if piece.output is not None or piece.logprobs is not None:
+            return self._chat(piece.output, self._logprobs(piece), self._said, more)
+        return ChatResponse(message=self._message(False), delta=self._said, additional_kwargs=more)
 
     def chat(self, output: RequestOutput) -> ChatResponse:
         """A request that was not streamed."""
@@ -89,15 +91,18 @@ class Answer:
     def _chat(
         self, output: RequestOutput | None, logprobs: Logprobs, delta: str | None, more: dict[str, Any]
     ) -> ChatResponse:
-        calls = [(call_id, name, arguments) for call_id, name, arguments in self._calls]
-        message = to_message(self._text, self._reasoning, calls, finished=output is not None)
         return ChatResponse(
-            message=message, delta=delta, logprobs=logprobs, raw=self._raw(output),
+            message=self._message(output is not None), delta=delta, logprobs=logprobs, raw=self._raw(output),
             additional_kwargs=more | self._counts(output),
         )  # fmt: skip
 
+    def _message(self, finished: bool) -> ChatMessage:
+        return to_message(self._text, self._reasoning, self._calls, finished=finished)
+
     def completion_piece(self, piece: StreamPiece) -> CompletionResponse:
         """The text so far, and what the last piece added."""
+        if piece.output is None and piece.logprobs is None and not self._reasoning:
+            return CompletionResponse(text=self._text, delta=self._said)
         return self._completion(piece.output, self._logprobs(piece), self._said)
 
     def completion(self, output: RequestOutput) -> CompletionResponse:

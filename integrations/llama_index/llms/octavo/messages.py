@@ -90,10 +90,8 @@ def _plain_call(call: Any, place: int) -> dict[str, Any]:
     return _call(call.get("id"), function["name"], function.get("arguments") or {})
 
 
-def to_message(
-    text: str, reasoning: str, calls: Sequence[tuple[str, str, str]], *, finished: bool = True
-) -> ChatMessage:
-    """What the model said, as blocks: thinking, text, tool calls. calls: (id, name, JSON text of the arguments).
+def to_message(text: str, reasoning: str, calls: Sequence[Sequence[str]], *, finished: bool = True) -> ChatMessage:
+    """What the model said, as blocks: thinking, text, tool calls. calls: id, name, JSON text of the arguments.
 
     While a call is not finished its `tool_kwargs` is the text so far. The calls are in `additional_kwargs` too, because
     parts of LlamaIndex still look for them there.
