@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Self, cast
 
-from octavo.config import engine_config_from
+from octavo.config import EngineConfig, engine_config_from
 from octavo.decode.assemble import Assembler
 from octavo.engine.registry import Engine, acquire
 from octavo.engine.request import Request, Sink
@@ -30,7 +30,18 @@ class Client:
 
     def __init__(self, model: str = DEFAULT_MODEL, *, progress: Progress | None = None, **settings: Any) -> None:
         self._engine: Engine | None = None  # so that close() works when the next line raises
-        self._engine = acquire(engine_config_from(model, settings), progress)
+        self._join(engine_config_from(model, settings), progress)
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> Self:
+        """A client of the engine of `config`."""
+        new = cls.__new__(cls)
+        new._engine = None
+        new._join(config, None)
+        return new
+
+    def _join(self, config: EngineConfig, progress: Progress | None) -> None:
+        self._engine = acquire(config, progress)
         self._made = itertools.count()
 
     @property

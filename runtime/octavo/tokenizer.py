@@ -166,6 +166,17 @@ class Tokenizer:
         """The default template's source, or None."""
         return self._templates.get("default") or next(iter(self._templates.values()), None)
 
+    def template_source(self, chat_template: str | None = None, *, tools: bool = False) -> str:
+        """The template for a chat, with `tools` or without: `chat_template` is a source, or the name of one of the
+        model's own. Raises `RequestError` when there is none."""
+        source = self._templates.get(chat_template, chat_template) if chat_template is not None else None
+        if source is None:
+            source = (self._templates.get("tool_use") if tools else None) or self.chat_template
+        if source is None:
+            message = "this model has no chat template: pass chat_template, or use generate() with a plain prompt"
+            raise RequestError(message, field="chat_template")
+        return source
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -186,12 +197,7 @@ class Tokenizer:
         """
         from octavo.chat_template import render_chat
 
-        source = self._templates.get(chat_template, chat_template) if chat_template is not None else None
-        if source is None:
-            source = (self._templates.get("tool_use") if tools else None) or self.chat_template
-        if source is None:
-            message = "this model has no chat template: pass chat_template, or use generate() with a plain prompt"
-            raise RequestError(message, field="chat_template")
+        source = self.template_source(chat_template, tools=bool(tools))
         return render_chat(
             source,
             messages,

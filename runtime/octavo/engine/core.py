@@ -44,6 +44,8 @@ class EngineCore:
     ) -> None:  # fmt: skip
         self.scheduler, self.runner, self.depth, self._turns = scheduler, runner, depth, turns
         self.steps = 0
+        self.largest_batch = 0
+        """Most sequences that one step advanced."""
         self._failures = 0
         self._under_way: deque[tuple[Draft, Launched]] = deque()
 
@@ -71,6 +73,7 @@ class EngineCore:
         else:
             self._under_way.append((draft, launched))
             self.steps += 1
+            self.largest_batch = max(self.largest_batch, len(draft.parts))
             self.scheduler.launched(draft)
 
     def _masks(self, draft: Draft) -> list[np.ndarray | None]:

@@ -39,6 +39,8 @@ class EngineStats:
     blocks_free: int
     preemptions: int
     steps: int
+    largest_batch: int
+    """Most sequences that one step advanced, since the engine started."""
 
 
 class EngineService:
@@ -138,6 +140,7 @@ class EngineService:
                 blocks_free=pool.available - pool.cached,
                 preemptions=scheduler.preemptions,
                 steps=core.steps,
+                largest_batch=core.largest_batch,
             )
 
         return self.call(read)

@@ -1,0 +1,31 @@
+"""Chat with tools: from messages and tools to a prompt and a grammar, and from the text that comes back to content,
+reasoning and tool calls. Called by the doors (LangChain, LlamaIndex, the server).
+
+    plan = plan_chat(llm.tokenizer, messages, SamplingParams(max_tokens=200), tools=tools)
+    parser = plan.parser()
+    for piece in llm.generate(plan.prompt, plan.params, stream=True):
+        deltas = parser.push(piece.text)
+    deltas = parser.finish()
+    parser.message.tool_calls
+
+`plan` puts it together; `tools` checks what the caller gave; `formats/` knows how models write calls; `lark` writes
+grammars; `history` shapes earlier messages for templates; `parser`, `stages` and `scan` read the output.
+"""
+
+from __future__ import annotations
+
+from octavo.chat.deltas import Delta, ParsedMessage, ReasoningDelta, TextDelta, ToolCall, ToolCallDelta
+from octavo.chat.parser import ChatParser
+from octavo.chat.plan import ChatPlan, plan_chat
+
+__all__ = [
+    "ChatParser",
+    "ChatPlan",
+    "Delta",
+    "ParsedMessage",
+    "ReasoningDelta",
+    "TextDelta",
+    "ToolCall",
+    "ToolCallDelta",
+    "plan_chat",
+]

@@ -1,0 +1,121 @@
+"""Earlier messages of a chat, shaped for a template. Called by `formats/`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from octavo.errors import RequestError
+
+Messages = list[dict[str, Any]]
+
+_INTRODUCTION = "You can call these tools:"
+_INSTRUCTION = (
+    "To call a tool, write nothing but its name and arguments in this form:\n"
+    '<tool_call>\n{"name": "the tool\'s name", "arguments": {"argument": "value"}}\n</tool_call>\n'
+    "Its result comes in <tool_response></tool_response>."
+)
+
+
+def plain_arguments(messages: Sequence[Mapping[str, Any]]) -> Messages:
+    """Calls with arguments as objects, which templates write as JSON, and tool messages with the tool's name."""
+    names: dict[str, str] = {}
+    shaped: Messages = []
+    for index, message in enumerate(messages):
+        shaped.append({**message})
+        if message.get("tool_calls"):
+            place = f"messages[{index}]: a call in tool_calls"
+            if not isinstance(message["tool_calls"], list):
+                raise RequestError(f"messages[{index}]: tool_calls must be a list", "messages")
+            shaped[-1]["tool_calls"] = calls = [_call(call, place) for call in message["tool_calls"]]
+            names.update({call["id"]: call["function"]["name"] for call in calls if call.get("id")})
+        else:
+            shaped[-1].pop("tool_calls", None)  # templates ask whether there is such a key
+        if message["role"] == "tool" and not message.get("name") and message.get("tool_call_id") in names:
+            shaped[-1]["name"] = names[message["tool_call_id"]]
+    return shaped
+
+
+def one_call_each(messages: Messages) -> Messages:
+    """Each call in a message of its own, with its result after it, for templates that know no more."""
+    shaped: Messages = []
+    waiting: Messages = []
+    for message in messages:
+        calls = message.get("tool_calls") or []
+        if message["role"] == "tool" and waiting:
+            # the call that it answers, or else the first
+            call = next((one for one in waiting if _id(one) == message.get("tool_call_id")), waiting[0])
+            waiting.remove(call)
+            shaped += [call, message]
+            continue
+        shaped, waiting = shaped + waiting, []
+        if len(calls) < 2:
+            shaped.append(message)
+        else:
+            waiting = [{**message, "tool_calls": [call], "content": ""} for call in calls]
+            waiting[0]["content"] = message["content"]
+    return shaped + waiting
+
+
+def spelled_out(messages: Sequence[Mapping[str, Any]]) -> Messages:
+    """Calls as text of the assistant, results as text of the user; messages of the user that follow each other are
+    one, because many templates want the roles to take turns."""
+    shaped: Messages = []
+    for message in plain_arguments(messages):
+        parts = [message["content"]] if message["content"] else []
+        for call in message.pop("tool_calls", None) or ():
+            function = {name: call["function"][name] for name in ("name", "arguments")}
+            parts.append(f"<tool_call>\n{json.dumps(function, ensure_ascii=False)}\n</tool_call>")
+        message["content"] = "\n".join(parts)
+        is_result = message["role"] == "tool"
+        if is_result:
+            message = {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+        if shaped and message["role"] == shaped[-1]["role"] == "user" and (is_result or shaped[-1].get("result")):
+            shaped[-1]["content"] += "\n" + message["content"]
+        else:
+            shaped.append({**message, "result": is_result})
+    for message in shaped:
+        del message["result"]
+    return shaped
+
+
+def tell_of_tools(messages: Messages, tools: Sequence[Mapping[str, Any]]) -> Messages:
+    """The tools in the system message."""
+    if not tools:
+        return messages
+    described = [json.dumps(_described(tool["function"]), ensure_ascii=False) for tool in tools]
+    text = "\n".join([_INTRODUCTION, *described, _INSTRUCTION])
+    if messages[0]["role"] in ("system", "developer"):
+        first = {**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}
+        return [first, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
+
+
+def without_system(messages: Messages) -> Messages:
+    """The system message at the head of the first message of the user, for templates that have no such role."""
+    if messages[0]["role"] != "system" or len(messages) < 2 or messages[1]["role"] != "user":
+        return messages
+    first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+    return [first, *messages[2:]]
+
+
+def _described(function: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: function[name] for name in ("name", "description", "parameters") if function.get(name)}
+
+
+def _id(message: Mapping[str, Any]) -> object:
+    return message["tool_calls"][0].get("id")
+
+
+def _call(call: object, place: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        message = f'{place} must be {{"id": ..., "type": "function", "function": {{"name": ..., "arguments": ...}}}}'
+        raise RequestError(message, "messages")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        with suppress(ValueError):  # an output that was cut stays as it is
+            arguments = json.loads(arguments or "{}")
+    return {"type": "function", **call, "function": {**function, "arguments": {} if arguments is None else arguments}}

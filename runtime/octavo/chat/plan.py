@@ -1,0 +1,133 @@
+"""`plan_chat`: from messages and tools to what an engine is given, and how its output is read. Called by the doors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from octavo.chat.answer import Answer, Thoughts
+from octavo.chat.formats import ToolFormat, tool_format
+from octavo.chat.history import without_system
+from octavo.chat.lark import special_token
+from octavo.chat.parser import ChatParser
+from octavo.chat.stages import Stage
+from octavo.chat.tools import check_choice, check_tools, unsupported
+from octavo.chat_template import check_messages
+from octavo.errors import RequestError
+from octavo.sampling_params import SamplingParams
+from octavo.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ChatPlan:
+    """A chat, ready for an engine."""
+
+    prompt: dict[str, Any]
+    """For `LLM.generate`, `AsyncLLM.stream` and the others: the rendered text as "prompt", and its "prompt_token_ids",
+    to which nothing is added."""
+    params: SamplingParams
+    """The caller's, with the grammar that the output needs, if any."""
+    _first: Callable[[], Stage]
+    _unwanted: frozenset[str]
+
+    def parser(self) -> ChatParser:
+        """A new parser; each output needs one."""
+        return ChatParser(self._first(), self._unwanted)
+
+
+def plan_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    params: SamplingParams,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    tool_choice: str = "auto",
+    parallel_tool_calls: bool = True,
+    json_schema: Mapping[str, Any] | None = None,
+    json_object: bool = False,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> ChatPlan:
+    """Prepare one answer of the assistant.
+
+    Args:
+        messages: OpenAI's form: role, content, tool_calls [{"id", "type", "function": {"name", "arguments": JSON text or
+            a dict}}], tool_call_id, name, reasoning_content.
+        tools: OpenAI's form: {"type": "function", "function": {"name", "description", "parameters"}}. A tool takes no
+            arguments but those that its parameters name, unless these say something else.
+        tool_choice: "auto": text, or calls; "required": at least one call; a tool's name: one call of it; "none": text,
+            and the model is told of no tools.
+        parallel_tool_calls: False: one call at most.
+        json_schema: the content is JSON that satisfies it; with "auto" the answer is that or calls.
+        json_object: the content is any JSON object.
+        chat_template, chat_template_kwargs: as for `Tokenizer.apply_chat_template`.
+
+    Raises:
+        RequestError: with field "messages", "tools", "tool_choice", "json_schema", "structured_outputs" (of `params`,
+            when tools or a schema need a grammar too), "chat_template" or "chat_template_kwargs".
+    """
+    known = check_tools(tools)
+    choice = check_choice(tool_choice, known)
+    schema = _schema(json_schema, json_object)
+    offered = list(tools or ()) if choice != "none" else []
+    source = tokenizer.template_source(chat_template, tools=bool(offered))
+    form = tool_format(source)
+    text = _render(tokenizer, form, source, messages, offered, chat_template_kwargs)
+    thoughts = Thoughts.of(source, text)
+    answer = Answer(form, known if offered else [], choice, parallel_tool_calls, schema)
+    grammar = answer.grammar(tokenizer, thoughts)
+    if grammar is not None and params.structured_outputs is not None:
+        raise RequestError("structured_outputs cannot be combined with tools or a JSON schema", "structured_outputs")
+    changes: dict[str, Any] = {} if grammar is None else {"structured_outputs": grammar}
+    marks = {
+        mark
+        for mark in (*(form.marks if offered else ()), *thoughts.marks)
+        if special_token(tokenizer, mark) is not None
+    }
+    unwanted = frozenset[str]()
+    if marks and params.skip_special_tokens:
+        changes["skip_special_tokens"] = False
+        texts = {tokenizer.backend.id_to_token(token) or "" for token in tokenizer.special_ids}
+        unwanted = frozenset(texts - marks - {""})
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return ChatPlan(
+        {"prompt": text, "prompt_token_ids": ids},
+        replace(params, **changes),
+        lambda: thoughts.stage(answer.stage),
+        unwanted,
+    )
+
+
+def _schema(schema: object, json_object: bool) -> Mapping[str, Any] | None:
+    if schema is None:
+        return {"type": "object"} if json_object else None
+    if json_object:
+        raise RequestError("json_schema and json_object exclude each other: give one", "json_schema")
+    if not isinstance(schema, Mapping):
+        raise RequestError(f"json_schema must be a dict, not {type(schema).__name__}", "json_schema")
+    reason = unsupported(schema)
+    if reason:
+        raise RequestError(f"json_schema is not supported: {reason}", "json_schema")
+    return schema
+
+
+def _render(
+    tokenizer: Tokenizer, form: ToolFormat, source: str, messages: Any, tools: Sequence[Mapping[str, Any]], kwargs: Any
+) -> str:
+    shaped = form.messages(check_messages(messages), tools)
+    shown = [_shown(tool) for tool in tools] if form.shows_tools and tools else None
+    try:
+        return tokenizer.apply_chat_template(shaped, tools=shown, chat_template=source, **(kwargs or {}))
+    except RequestError as error:
+        told = tools and not form.shows_tools  # then the system message may be ours alone
+        if error.field != "messages" or not told:
+            raise
+        return tokenizer.apply_chat_template(without_system(shaped), chat_template=source, **(kwargs or {}))
+
+
+def _shown(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """With all that a template may read."""
+    function = {"description": "", "parameters": {"type": "object", "properties": {}}}
+    given = {name: value for name, value in tool["function"].items() if value is not None}
+    return {"type": "function", **tool, "function": {**function, **given}}
