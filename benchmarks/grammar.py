@@ -31,9 +31,11 @@ SCHEMAS = {
         "type": "array", "items": {"anyOf": [{**PERSON, "properties": {**PERSON["properties"], f"k{n}": PERSON}}
                                              for n in range(40)]},
     },
-    "patterns": {"type": "object", "properties":
-                 {"mail": {"type": "string", "pattern": "^[a-z.]+@[a-z]+\\.[a-z]{2,3}$"}, "text": {"type": "string", "maxLength": 200}}, "required": ["mail", "text"],
-                 "additionalProperties": False},
+    "patterns": {
+        "type": "object", "required": ["mail", "text"], "additionalProperties": False,
+        "properties": {"mail": {"type": "string", "pattern": "^[a-z.]+@[a-z]+\\.[a-z]{2,3}$"},
+                       "text": {"type": "string", "maxLength": 200}},
+    },
 }  # fmt: skip
 STEPS = 150
 Walk = Callable[[Sequence[float]], tuple[float, list[float]]]

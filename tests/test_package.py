@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RUNTIME, KERNELS = ROOT / "runtime" / "octavo", ROOT / "kernels" / "octavo_kernels"
+INTEGRATIONS = ROOT / "integrations"
 HEAVY = ("torch", "transformers", "tokenizers", "triton", "numpy", "huggingface_hub", "jinja2", "rich", "typer")
 
 
@@ -134,7 +135,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return archive, wheel
 
 
-def test_the_wheel_has_all_of_the_two_packages_and_nothing_else(built: tuple[Path, Path]) -> None:
+def test_the_wheel_has_all_of_the_packages_and_nothing_else(built: tuple[Path, Path]) -> None:
     assert built[1].name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(built[1]) as wheel:
         names = set(wheel.namelist())
@@ -143,10 +144,12 @@ def test_the_wheel_has_all_of_the_two_packages_and_nothing_else(built: tuple[Pat
     folder = next(name for name in names if name.endswith("/METADATA")).partition("/")[0]
     code = {name for name in names if not name.startswith(folder)}
     wanted = {
-        str(path.relative_to(package.parent)) for package in (RUNTIME, KERNELS) for path in package.rglob("*")
-        if path.is_file() and path.suffix != ".pyc"
+        str(path.relative_to(floor)) for floor in (RUNTIME.parent, KERNELS.parent, INTEGRATIONS)
+        for path in floor.rglob("*") if path.is_file() and path.suffix != ".pyc"
     }  # fmt: skip
     assert code == wanted
+    assert "llama_index/__init__.py" not in names  # or it would hide llama-index-core's own
+    assert "llama_index/llms/__init__.py" not in names
     assert {"octavo/py.typed", "octavo_kernels/py.typed"} <= names
     assert f"{folder}/licenses/LICENSE" in names
     assert "octavo = octavo.cli:main" in entries
