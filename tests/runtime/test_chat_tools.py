@@ -191,9 +191,13 @@ BAD = [
     ({"tool_choice": "now", "tools": []}, "tool_choice", "now"),
     ({"json_schema": SCHEMA, "json_object": True}, "json_schema", "exclude"),
     ({"json_schema": "{}"}, "json_schema", "dict"),
+    ({"parallel_tool_calls": "no"}, "parallel_tool_calls", "True"),
     ({"json_schema": {"type": "nothing"}}, "json_schema", "not supported"),
     ({"messages": [{"role": "assistant", "content": "", "tool_calls": {"a": 1}}]}, "messages", r"messages\[0\]"),
     ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "x"}]}]}, "messages", r"messages\[0\]"),
+    ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{**called("f", {}), "id": []}]}]}, "messages",
+     r"messages\[0\].*id"),
+    ({"messages": [{"role": "tool", "content": "", "tool_call_id": []}]}, "messages", r"messages\[0\].*tool_call_id"),
     ({"messages": []}, "messages", "empty"),
     ({"params": SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))}, "structured_outputs", "tools"),
     ({"chat_template_kwargs": {"x": object()}}, "chat_template_kwargs", "object"),
@@ -228,8 +232,7 @@ def fits(form: str, plan: ChatPlan, text: str) -> bool:
                 return place == len(ids) - 1
     except RequestFailedError:
         return False
-    mask = np.zeros(constraint.words, dtype=np.int32)
-    constraint.allow(mask, 10_000)
+    mask = constraint.allowed(100_000)
     end = tokenizer.eos_token_ids[0]
     return bool(mask[end >> 5] >> (end & 31) & 1)
 
@@ -266,7 +269,7 @@ PARIS = (
 @pytest.mark.parametrize("form", FORMS)
 def test_what_a_grammar_takes(form: str) -> None:
     write, thought = WRITTEN[form], "Hm.</think>\n\n" if form == "opened" else ""
-    many = form != "llama"
+    many = form not in ("llama", "generic")
 
     def check(takes: dict[str, bool], **options: Any) -> None:
         plan = plan_for(form, **options)
@@ -297,6 +300,12 @@ def test_what_a_grammar_takes(form: str) -> None:
     check({**every_call, **wrong, content: True, '{"name": 1}': False, **no_text}, json_schema=SCHEMA)
     check({'{"a": [1, {"b": "c"}]}': True, "[1]": False, **no_text}, tools=None, json_object=True)
     check({content: True, '{"name": 1}': False, write(NOW): False}, tools=None, json_schema=SCHEMA)
+
+
+def test_several_calls_where_a_model_was_not_made_for_tools() -> None:
+    """Only if they are asked for: a small model would go on calling."""
+    assert not fits("generic", plan_for("generic"), hermes(NOW, PARIS))
+    assert fits("generic", plan_for("generic", parallel_tool_calls=True), hermes(NOW, PARIS))
 
 
 def test_text_that_would_be_a_call_is_none() -> None:
@@ -358,12 +367,11 @@ def walk(form: str, plan: ChatPlan, chance: random.Random, begin: str = "") -> l
     assert plan.params.structured_outputs is not None
     tokenizer = tokenizer_for(form)
     constraint = grammars(form).compile(plan.params.structured_outputs).start()
-    mask = np.zeros(constraint.words, dtype=np.int32)
     closing = {*tokenizer.eos_token_ids, *map(tokenizer.backend.token_to_id, ("</think>", '"', "}", "]"))}
     ids: list[int] = []
     wanted = tokenizer.encode(begin, add_special_tokens=False)
     for _ in range(1000):
-        constraint.allow(mask, 100_000)
+        mask = constraint.allowed(100_000)
         allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
         usual = closing.intersection(allowed)
         if wanted:

@@ -8,8 +8,9 @@ reasoning and tool calls. Called by the doors (LangChain, LlamaIndex, the server
     deltas = parser.finish()
     parser.message.tool_calls
 
-`plan` puts it together; `tools` checks what the caller gave; `formats/` knows how models write calls; `lark` writes
-grammars; `history` shapes earlier messages for templates; `parser`, `stages` and `scan` read the output.
+`plan` puts it together; `tools` checks what the caller gave; `history` shapes earlier messages for templates; `answer`
+says what may come, as a grammar (`lark`) and as stages that read it; `formats/` knows how models write calls; `parser`,
+`stages`, `calls` and `scan` read the output.
 """
 
 from __future__ import annotations

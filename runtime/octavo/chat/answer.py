@@ -86,9 +86,9 @@ class Answer:
         if not self.tools:
             return lark.schema("content", self.schema or {})
         form, forced = self.form, self.choice != "auto"
-        named = [tool for tool in self.tools if tool.name == self.choice] or self.tools
-        many = self.parallel and self.choice in ("auto", "required")
-        after = form.calls(lark, named, many)
+        of_all = self.choice in ("auto", "required")
+        tools = self.tools if of_all else [tool for tool in self.tools if tool.name == self.choice]
+        after = form.calls(lark, tools, self.parallel and of_all)
         marker = form.markers[0]
         calls = f"{lark.mark(marker)}{'?' if form.bare else ''} {after}"
         if forced:

@@ -69,7 +69,7 @@ class ObjectCall:
         if self._key not in _ARGUMENTS or self._arguments is not None:
             self._key, self._scanner = "", JsonScanner()
             return self
-        if self._known is not None and (first != "{" or (self._name is not None and self._name not in self._known)):
+        if self._known is not None and (first != "{" or self._name not in (None, *self._known)):
             return self._no_call(source, out)
         if self._name is None:
             self._scanner = JsonScanner()

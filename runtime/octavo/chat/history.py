@@ -25,6 +25,9 @@ def plain_arguments(messages: Sequence[Mapping[str, Any]]) -> Messages:
     shaped: Messages = []
     for index, message in enumerate(messages):
         shaped.append({**message})
+        answered = message.get("tool_call_id")
+        if not isinstance(answered, str | None):
+            raise RequestError(f"messages[{index}]: tool_call_id must be a string", "messages")
         if message.get("tool_calls"):
             place = f"messages[{index}]: a call in tool_calls"
             if not isinstance(message["tool_calls"], list):
@@ -33,8 +36,8 @@ def plain_arguments(messages: Sequence[Mapping[str, Any]]) -> Messages:
             names.update({call["id"]: call["function"]["name"] for call in calls if call.get("id")})
         else:
             shaped[-1].pop("tool_calls", None)  # templates ask whether there is such a key
-        if message["role"] == "tool" and not message.get("name") and message.get("tool_call_id") in names:
-            shaped[-1]["name"] = names[message["tool_call_id"]]
+        if message["role"] == "tool" and not message.get("name") and answered in names:
+            shaped[-1]["name"] = names[answered]
     return shaped
 
 
@@ -114,6 +117,8 @@ def _call(call: object, place: str) -> dict[str, Any]:
     if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         message = f'{place} must be {{"id": ..., "type": "function", "function": {{"name": ..., "arguments": ...}}}}'
         raise RequestError(message, "messages")
+    if not isinstance(call.get("id"), str | None):
+        raise RequestError(f"{place} has an id that is no string", "messages")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         with suppress(ValueError):  # an output that was cut stays as it is

@@ -32,12 +32,9 @@ class Lark:
         token = special_token(self._tokenizer, text)
         return quoted(text) if token is None else f"<[{token}]>"
 
-    def is_special(self, text: str) -> bool:
-        return special_token(self._tokenizer, text) is not None
-
     def up_to(self, name: str, plain: str, mark: str) -> str:
-        """Text of the terminal `plain`, possibly empty, and then `mark`, at which a token's text may end or not."""
-        if self.is_special(mark):
+        """Text of the terminal `plain`, possibly empty, up to the first `mark`, and that. `name`: of a rule for it."""
+        if special_token(self._tokenizer, mark) is not None:
             return f"{plain}? {self.mark(mark)}"
         return self.rule(f"{name}[lazy]", f"{plain} {quoted(mark)}").removesuffix("[lazy]")
 

@@ -1,4 +1,5 @@
-"""`ChatParser`: the text of one output, as it comes, to content, reasoning and tool calls. Made by `ChatPlan.parser`."""
+"""`ChatParser`: from the text of one output, as it comes, to content, reasoning and tool calls. Made by
+`ChatPlan.parser`."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def plan_chat(
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     tool_choice: str = "auto",
-    parallel_tool_calls: bool = True,
+    parallel_tool_calls: bool | None = None,
     json_schema: Mapping[str, Any] | None = None,
     json_object: bool = False,
     chat_template: str | None = None,
@@ -52,21 +52,26 @@ def plan_chat(
     """Prepare one answer of the assistant.
 
     Args:
-        messages: OpenAI's form: role, content, tool_calls [{"id", "type", "function": {"name", "arguments": JSON text or
-            a dict}}], tool_call_id, name, reasoning_content.
+        messages: OpenAI's form: role, content, tool_calls [{"id", "type", "function": {"name", "arguments": JSON text
+            or a dict}}], tool_call_id, name, reasoning_content.
         tools: OpenAI's form: {"type": "function", "function": {"name", "description", "parameters"}}. A tool takes no
             arguments but those that its parameters name, unless these say something else.
         tool_choice: "auto": text, or calls; "required": at least one call; a tool's name: one call of it; "none": text,
             and the model is told of no tools.
-        parallel_tool_calls: False: one call at most.
+        parallel_tool_calls: False: one call at most; True: several, where the model's form of calls has room for them.
+            None: several, if the model's template knows of tools: others would go on calling.
         json_schema: the content is JSON that satisfies it; with "auto" the answer is that or calls.
         json_object: the content is any JSON object.
         chat_template, chat_template_kwargs: as for `Tokenizer.apply_chat_template`.
 
     Raises:
-        RequestError: with field "messages", "tools", "tool_choice", "json_schema", "structured_outputs" (of `params`,
-            when tools or a schema need a grammar too), "chat_template" or "chat_template_kwargs".
+        RequestError: with field "messages", "tools", "tool_choice", "parallel_tool_calls", "json_schema",
+            "structured_outputs" (of `params`, when tools or a schema need a grammar too), "chat_template" or
+            "chat_template_kwargs".
     """
+    if parallel_tool_calls not in (None, False, True):
+        message = f"parallel_tool_calls must be True, False or None, not {parallel_tool_calls!r}"
+        raise RequestError(message, "parallel_tool_calls")
     known = check_tools(tools)
     choice = check_choice(tool_choice, known)
     schema = _schema(json_schema, json_object)
@@ -75,7 +80,8 @@ def plan_chat(
     form = tool_format(source)
     text = _render(tokenizer, form, source, messages, offered, chat_template_kwargs)
     thoughts = Thoughts.of(source, text)
-    answer = Answer(form, known if offered else [], choice, parallel_tool_calls, schema)
+    parallel = form.shows_tools if parallel_tool_calls is None else parallel_tool_calls
+    answer = Answer(form, known if offered else [], choice, parallel, schema)
     grammar = answer.grammar(tokenizer, thoughts)
     if grammar is not None and params.structured_outputs is not None:
         raise RequestError("structured_outputs cannot be combined with tools or a JSON schema", "structured_outputs")

@@ -1,8 +1,8 @@
 """Text and thoughts of an output, read stage by stage. Each stage takes from the source what is certain and names the
 stage after it; `ChatParser` runs them.
 
-What a stage gives depends on the text alone, never on where it was cut into pieces: a decision waits until the text that
-it depends on is there, or the output has ended.
+What a stage gives depends on the text alone, never on where it was cut into pieces: a decision waits until the text
+that it depends on is there, or the output has ended.
 """
 
 from __future__ import annotations
