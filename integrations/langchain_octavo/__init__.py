@@ -8,5 +8,8 @@ Every object of the same model and engine settings uses one engine of the proces
 
 from langchain_octavo.chat_models import ChatOctavo
 from langchain_octavo.llms import OctavoLLM
+from langchain_octavo.loading import allow_loading
+
+allow_loading(ChatOctavo, OctavoLLM)
 
 __all__ = ["ChatOctavo", "OctavoLLM"]

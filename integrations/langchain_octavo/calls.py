@@ -136,8 +136,8 @@ class Running:
                 self._service.abort(assembler.request)
 
     def outputs(self) -> list[RequestOutput]:
-        """Of all requests, when they have ended."""
-        return [checked(assembler.output()) for assembler in self._assemblers]
+        """Of all requests, everything so far."""
+        return [assembler.output() for assembler in self._assemblers]
 
 
 def run(llm: LLM, calls: Sequence[Call], timeout: float | None, on_piece: OnPiece | None = None) -> list[RequestOutput]:
@@ -146,7 +146,7 @@ def run(llm: LLM, calls: Sequence[Call], timeout: float | None, on_piece: OnPiec
     for number, piece in running:
         if on_piece is not None:
             on_piece(number, piece)
-    return running.outputs()
+    return [checked(output) for output in running.outputs()]
 
 
 async def arun(
@@ -184,26 +184,48 @@ async def _arun_reporting(llm: AsyncLLM, calls: Sequence[Call], on_piece: AsyncO
     return found  # type: ignore[return-value]
 
 
-async def apieces(llm: AsyncLLM, call: Call, timeout: float | None) -> AsyncIterator[StreamPiece]:
-    """Pieces of one request. Leaving the iterator ends the request."""
-    until = None if timeout is None else asyncio.get_running_loop().time() + timeout
-    stream = await llm.begin(*call)
-    try:
-        if until is None:
-            async for piece in stream:
-                yield piece
-            return
-        while True:
-            try:
-                async with asyncio.timeout_at(until):
-                    piece = await anext(stream)
-            except StopAsyncIteration:
+class AsyncRunning:
+    """`Running` for asyncio and one request: begin it, then `async for piece in ...`."""
+
+    def __init__(self, stream: AsyncTokenStream, until: float | None, timeout: float | None) -> None:
+        self._stream, self._until, self._timeout = stream, until, timeout
+
+    @classmethod
+    async def begin(cls, llm: AsyncLLM, call: Call, timeout: float | None) -> AsyncRunning:
+        """Hand the request over. Waits while the engine's queue is full."""
+        until = None if timeout is None else asyncio.get_running_loop().time() + timeout
+        try:
+            async with asyncio.timeout_at(until):
+                return cls(await llm.begin(*call), until, timeout)
+        except TimeoutError:
+            raise _too_late(timeout) from None
+
+    async def __aiter__(self) -> AsyncIterator[StreamPiece]:
+        """Pieces as they come. Leaving early ends the request."""
+        stream = self._stream
+        try:
+            if self._until is None:
+                async for piece in stream:
+                    yield piece
                 return
-            except TimeoutError:
-                raise _too_late(timeout) from None
-            yield piece
-    finally:
-        stream.close()
+            while True:
+                try:
+                    async with asyncio.timeout_at(self._until):
+                        piece = await anext(stream)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    raise _too_late(self._timeout) from None
+                yield piece
+        finally:
+            stream.close()
+
+    def output(self) -> RequestOutput:
+        """Everything so far."""
+        return self._stream.output
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 def checked(output: RequestOutput) -> RequestOutput:

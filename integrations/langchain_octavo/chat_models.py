@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import closing
 from typing import Any, Literal
 from uuid import uuid4
 
@@ -17,11 +18,10 @@ from octavo.chat import ChatPlan
 from octavo.client import Client
 from octavo.errors import RequestError
 from octavo.outputs import RequestOutput, StreamPiece
-from octavo.shared import SharedEngine
 from pydantic import Field
 
 from langchain_octavo.batching import AllAtOnce, generate_all
-from langchain_octavo.calls import Running, apieces, arun, checked_piece, run
+from langchain_octavo.calls import AsyncRunning, Running, checked, checked_piece
 from langchain_octavo.chunks import Answer, Blocks, generation
 from langchain_octavo.engines import EngineFields
 from langchain_octavo.events import Event, Events
@@ -102,41 +102,53 @@ class ChatOctavo(AllAtOnce, EngineFields, SamplingFields, BaseChatModel):
 
     # ---------------------------------------------------------------- one call
 
-    def _asked(self, stop: list[str] | None, kwargs: dict[str, Any]) -> Asked:
-        return ask(self, stop, kwargs)
-
     def _plan(self, client: Client, messages: Sequence[BaseMessage], asked: Asked) -> ChatPlan:
         if self.profile is not None and "max_input_tokens" not in self.profile and asked.model == self.model:
             self.profile["max_input_tokens"] = client.engine.limits.max_model_len  # known now that it is loaded
         return plan(client, messages, asked, self._sampling(asked.stop, asked.sampling, client))
 
-    def _answer(self, client: Client, chat: ChatPlan, asked: Asked, output: RequestOutput | None = None) -> Answer:
-        return Answer(chat.parser(), client.tokenizer, asked.model, output.metrics if output else None)
+    def _answers(self, client: Client, chat: ChatPlan, asked: Asked, output: RequestOutput) -> list[Answer]:
+        """Those of a request, which `output` belongs to."""
+        made = (chat.parser() for _ in range(chat.params.n))
+        return [Answer(one, client.tokenizer, asked.model, output.metrics, repeats=asked.repeats) for one in made]
 
-    def _result(self, client: Client, chat: ChatPlan, asked: Asked, output: RequestOutput) -> ChatResult:
-        found = [generation(self._answer(client, chat, asked, output), choice) for choice in output.outputs]
+    def _result(self, asked: Asked, answers: list[Answer], output: RequestOutput) -> ChatResult:
+        for answer, choice in zip(answers, output.outputs, strict=True):
+            if not answer.ended:  # nobody looked while it came
+                checked(output)
+                answer.deltas(StreamPiece(choice.text, [], finish_reason=choice.finish_reason))
+        found = [generation(answer, choice) for answer, choice in zip(answers, output.outputs, strict=True)]
         return ChatResult(generations=found, llm_output=llm_output(asked.model, [output.metrics]))
 
     def _generate(
         self, messages: list[BaseMessage], stop: list[str] | None = None,
         run_manager: CallbackManagerForLLMRun | None = None, **kwargs: Any,
     ) -> ChatResult:  # fmt: skip
-        asked = self._asked(stop, kwargs)
-        llm = self._engine_for(asked).llm
+        asked = ask(self, stop, kwargs)
+        llm = self._shared(asked.model).llm
         chat = self._plan(llm, messages, asked)
-        return self._result(llm, chat, asked, run(llm, [(chat.prompt, chat.params)], asked.timeout)[0])
+        running = Running(llm, [(chat.prompt, chat.params)], asked.timeout)
+        answers = self._answers(llm, chat, asked, running.outputs()[0])
+        with closing(running):
+            for _, piece in running:
+                if _complete(answers, piece, asked, chat):
+                    break
+        return self._result(asked, answers, running.outputs()[0])
 
     async def _agenerate(
         self, messages: list[BaseMessage], stop: list[str] | None = None,
         run_manager: AsyncCallbackManagerForLLMRun | None = None, **kwargs: Any,
     ) -> ChatResult:  # fmt: skip
-        asked = self._asked(stop, kwargs)
-        llm = await self._engine_for(asked).start()
+        asked = ask(self, stop, kwargs)
+        llm = await self._shared(asked.model).start()
         chat = self._plan(llm, messages, asked)
-        return self._result(llm, chat, asked, (await arun(llm, [(chat.prompt, chat.params)], asked.timeout))[0])
-
-    def _engine_for(self, asked: Asked) -> SharedEngine:
-        return self._shared(asked.model)
+        running = await AsyncRunning.begin(llm, (chat.prompt, chat.params), asked.timeout)
+        answers = self._answers(llm, chat, asked, running.output())
+        with closing(running):
+            async for piece in running:
+                if _complete(answers, piece, asked, chat):
+                    break
+        return self._result(asked, answers, running.output())
 
     # ---------------------------------------------------------------- streams
 
@@ -145,78 +157,80 @@ class ChatOctavo(AllAtOnce, EngineFields, SamplingFields, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None, **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:  # fmt: skip
         # `run_manager` stays silent: whoever calls this reports the chunks
-        asked = self._asked(stop, kwargs)
-        llm = self._engine_for(asked).llm
-        chat = self._streamable(self._plan(llm, messages, asked))
-        make = self._chunk_maker(llm, chat, asked)
-        for _, piece in Running(llm, [(chat.prompt, chat.params)], asked.timeout):
-            yield make(piece)
+        asked = ask(self, stop, kwargs)
+        llm = self._shared(asked.model).llm
+        chat = _streamable(self._plan(llm, messages, asked))
+        running = Running(llm, [(chat.prompt, chat.params)], asked.timeout)
+        (answer,) = self._answers(llm, chat, asked, running.outputs()[0])
+        blocks = Blocks() if self.output_version == "v1" else None
+        with closing(running):
+            for _, piece in running:
+                deltas = answer.deltas(checked_piece(piece))
+                yield answer.chunk(piece, deltas) if blocks is None else answer.block_chunk(piece, deltas, blocks)
+                if answer.ended:
+                    break
 
     async def _astream(
         self, messages: list[BaseMessage], stop: list[str] | None = None,
         run_manager: AsyncCallbackManagerForLLMRun | None = None, **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:  # fmt: skip
-        asked = self._asked(stop, kwargs)
-        llm = await self._engine_for(asked).start()
-        chat = self._streamable(self._plan(llm, messages, asked))
-        make = self._chunk_maker(llm, chat, asked)
-        async for piece in apieces(llm, (chat.prompt, chat.params), asked.timeout):
-            yield make(piece)
-
-    def _chunk_maker(
-        self, client: Client, chat: ChatPlan, asked: Asked
-    ) -> Callable[[StreamPiece], ChatGenerationChunk]:
-        answer = self._answer(client, chat, asked)
+        asked = ask(self, stop, kwargs)
+        llm = await self._shared(asked.model).start()
+        chat = _streamable(self._plan(llm, messages, asked))
+        running = await AsyncRunning.begin(llm, (chat.prompt, chat.params), asked.timeout)
+        (answer,) = self._answers(llm, chat, asked, running.output())
         blocks = Blocks() if self.output_version == "v1" else None
-
-        def make(piece: StreamPiece) -> ChatGenerationChunk:
-            deltas = answer.deltas(checked_piece(piece))
-            return answer.chunk(piece, deltas) if blocks is None else answer.block_chunk(piece, deltas, blocks)
-
-        return make
+        with closing(running):
+            async for piece in running:
+                deltas = answer.deltas(checked_piece(piece))
+                yield answer.chunk(piece, deltas) if blocks is None else answer.block_chunk(piece, deltas, blocks)
+                if answer.ended:
+                    break
 
     def _stream_chat_model_events(
         self, messages: list[BaseMessage], stop: list[str] | None = None,
         run_manager: CallbackManagerForLLMRun | None = None, **kwargs: Any,
     ) -> Iterator[Event]:  # fmt: skip
         """LangChain's event protocol, natively. On this path nobody else reports tokens to callbacks."""
-        asked = self._asked(stop, kwargs)
-        llm = self._engine_for(asked).llm
-        chat = self._streamable(self._plan(llm, messages, asked))
-        answer = self._answer(llm, chat, asked)
+        asked = ask(self, stop, kwargs)
+        llm = self._shared(asked.model).llm
+        chat = _streamable(self._plan(llm, messages, asked))
+        running = Running(llm, [(chat.prompt, chat.params)], asked.timeout)
+        (answer,) = self._answers(llm, chat, asked, running.outputs()[0])
         events = Events(answer, _message_id(run_manager))
         yield events.start()
-        for _, piece in Running(llm, [(chat.prompt, chat.params)], asked.timeout):
-            deltas = answer.deltas(checked_piece(piece))
-            if run_manager is not None and run_manager.handlers:
-                chunk = answer.chunk(piece, deltas)
-                run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-            yield from events.of(piece, deltas)
+        with closing(running):
+            for _, piece in running:
+                deltas = answer.deltas(checked_piece(piece))
+                if run_manager is not None and run_manager.handlers:
+                    chunk = answer.chunk(piece, deltas)
+                    run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield from events.of(piece, deltas)
+                if answer.ended:
+                    break
 
     async def _astream_chat_model_events(
         self, messages: list[BaseMessage], stop: list[str] | None = None,
         run_manager: AsyncCallbackManagerForLLMRun | None = None, **kwargs: Any,
     ) -> AsyncIterator[Event]:  # fmt: skip
         """The same for asyncio."""
-        asked = self._asked(stop, kwargs)
-        llm = await self._engine_for(asked).start()
-        chat = self._streamable(self._plan(llm, messages, asked))
-        answer = self._answer(llm, chat, asked)
+        asked = ask(self, stop, kwargs)
+        llm = await self._shared(asked.model).start()
+        chat = _streamable(self._plan(llm, messages, asked))
+        running = await AsyncRunning.begin(llm, (chat.prompt, chat.params), asked.timeout)
+        (answer,) = self._answers(llm, chat, asked, running.output())
         events = Events(answer, _message_id(run_manager))
         yield events.start()
-        async for piece in apieces(llm, (chat.prompt, chat.params), asked.timeout):
-            deltas = answer.deltas(checked_piece(piece))
-            if run_manager is not None and run_manager.handlers:
-                chunk = answer.chunk(piece, deltas)
-                await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-            for event in events.of(piece, deltas):
-                yield event
-
-    def _streamable(self, chat: ChatPlan) -> ChatPlan:
-        if chat.params.width > 1:
-            name = "n" if chat.params.n > 1 else "best_of"
-            raise RequestError(f"{name} above 1 cannot be streamed: leave it out, or use invoke or generate", name)
-        return chat
+        with closing(running):
+            async for piece in running:
+                deltas = answer.deltas(checked_piece(piece))
+                if run_manager is not None and run_manager.handlers:
+                    chunk = answer.chunk(piece, deltas)
+                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                for event in events.of(piece, deltas):
+                    yield event
+                if answer.ended:
+                    break
 
     def _one_output(self, kwargs: dict[str, Any]) -> bool:
         counts = [kwargs.get(name) or getattr(self, name) or 1 for name in ("n", "best_of")]
@@ -250,9 +264,7 @@ class ChatOctavo(AllAtOnce, EngineFields, SamplingFields, BaseChatModel):
         results = generate_all(one, messages)
         runs = [run for result in results for run in result.run or []]
         output = self._combine_llm_outputs([result.llm_output for result in results])
-        return LLMResult(
-            generations=[result.generations[0] for result in results], llm_output=output, run=runs or None
-        )
+        return LLMResult(generations=[result.generations[0] for result in results], llm_output=output, run=runs or None)
 
     # ---------------------------------------------------------------- tools and structured output
 
@@ -298,19 +310,28 @@ class ChatOctavo(AllAtOnce, EngineFields, SamplingFields, BaseChatModel):
 
     # ---------------------------------------------------------------- counting
 
-    def get_num_tokens_from_messages(
-        self, messages: list[BaseMessage], tools: Sequence[Any] | None = None
-    ) -> int:
+    def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Tokens of the prompt that these messages become, by the model's template and tokenizer, tools too."""
-        asked = self._asked(None, {"tools": tools_as_openai(tools)} if tools else {})
-        llm = self._engine_for(asked).llm
-        return len(prompt_ids(llm, self._plan(llm, messages, asked)))
+        asked = ask(self, None, {"tools": tools_as_openai(tools)} if tools else {})
+        llm = self._shared().llm
+        return len(self._plan(llm, messages, asked).prompt["prompt_token_ids"])
 
 
-def prompt_ids(client: Client, chat: ChatPlan) -> Sequence[int]:
-    """The ids of a plan's prompt."""
-    ids: Sequence[int] = chat.prompt["prompt_token_ids"]
-    return ids
+def _streamable(chat: ChatPlan) -> ChatPlan:
+    if chat.params.width > 1:
+        name = "n" if chat.params.n > 1 else "best_of"
+        raise RequestError(f"{name} above 1 cannot be streamed: leave it out, or use invoke or generate", name)
+    return chat
+
+
+def _complete(answers: list[Answer], piece: StreamPiece, asked: Asked, chat: ChatPlan) -> bool:
+    """Show `piece` to its answer, if that looks for an end of its own. True when all have ended."""
+    if asked.repeats or chat.params.width > chat.params.n:
+        return False
+    answer = answers[piece.index]
+    if not answer.ended:
+        answer.deltas(checked_piece(piece))
+    return all(answer.ended for answer in answers)
 
 
 def _message_id(run_manager: Any) -> str:

@@ -12,45 +12,55 @@ from typing import Any
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.messages.tool import InvalidToolCall, ToolCall, ToolCallChunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk
-from octavo.chat import ChatParser, ReasoningDelta, TextDelta, ToolCallDelta
-from octavo.chat import Delta as Delta
+from octavo.chat import ChatParser, Delta, ParsedMessage, ReasoningDelta, TextDelta, ToolCallDelta
 from octavo.outputs import CompletionOutput, RequestMetrics, StreamPiece
 from octavo.tokenizer import Tokenizer
 
+from langchain_octavo.repeats import Repeats
 from langchain_octavo.results import answer_info, logprobs, usage
 
 
 class Answer:
-    """One output as it comes. `model`: its name for the metadata."""
+    """One output as it comes. `model`: its name for the metadata. `metrics`: of its request, which fills them.
+    `repeats`: whether a tool call may be made again with the same arguments."""
 
-    def __init__(self, parser: ChatParser, tokenizer: Tokenizer, model: str, metrics: RequestMetrics | None = None):
-        self.parser, self.tokenizer, self.model = parser, tokenizer, model
-        self.metrics = metrics
+    def __init__(
+        self, parser: ChatParser, tokenizer: Tokenizer, model: str, metrics: RequestMetrics, *, repeats: bool = True
+    ) -> None:
+        self.parser, self.tokenizer, self.model, self.metrics = parser, tokenizer, model, metrics
         self.ended = False
+        """Nothing follows: the request may be ended, if it runs still."""
+        self._repeats = None if repeats else Repeats()
 
     def deltas(self, piece: StreamPiece) -> list[Delta]:
         """What `piece` adds."""
         found = self.parser.push(piece.text) if piece.text else []
         if piece.finish_reason is not None:
             self.ended = True
-            if piece.output is not None:
-                self.metrics = piece.output.metrics
             found += self.parser.finish()
+        if self._repeats is not None:
+            found = self._repeats.pass_on(found)
+            self.ended = self.ended or self._repeats.over
         return found
+
+    @property
+    def message(self) -> ParsedMessage:
+        """Everything so far."""
+        return self.parser.message if self._repeats is None else self._repeats.cut(self.parser.message)
 
     def info(self, piece: StreamPiece) -> dict[str, Any] | None:
         """`generation_info` of the chunk of `piece`."""
         found: dict[str, Any] = {}
         if piece.logprobs is not None:
             found["logprobs"] = logprobs(self.tokenizer, piece.token_ids, piece.logprobs)
-        if self.ended and self.metrics is not None:
+        if self.ended:
             reason = self.finish_reason(piece.finish_reason)
             found |= answer_info(self.model, reason, piece.stop_reason, self.metrics)
         return found or None
 
     def finish_reason(self, reason: str | None) -> str | None:
-        """As OpenAI has it: an answer that calls tools says so."""
-        return "tool_calls" if reason == "stop" and self.parser.message.tool_calls else reason
+        """As OpenAI has it: an answer that calls tools says so. None: it was ended here."""
+        return "tool_calls" if reason in ("stop", None) and self.message.tool_calls else reason
 
     def chunk(self, piece: StreamPiece, deltas: list[Delta]) -> ChatGenerationChunk:
         """The chunk for `piece`, with string content."""
@@ -78,8 +88,7 @@ class Answer:
                 fields["additional_kwargs"] = {"reasoning_content": thoughts}
         if self.ended:
             fields["chunk_position"] = "last"
-            if self.metrics is not None:
-                fields["usage_metadata"] = usage(self.metrics)
+            fields["usage_metadata"] = usage(self.metrics)
         message = AIMessageChunk(content=content, **fields)
         return ChatGenerationChunk(message=message, generation_info=self.info(piece))
 
@@ -119,27 +128,21 @@ class Blocks:
 
 
 def tool_call_chunk(delta: ToolCallDelta) -> ToolCallChunk:
-    return ToolCallChunk(
-        type="tool_call_chunk", id=delta.id, name=delta.name, args=delta.arguments, index=delta.index
-    )
+    return ToolCallChunk(type="tool_call_chunk", id=delta.id, name=delta.name, args=delta.arguments, index=delta.index)
 
 
 def generation(answer: Answer, output: CompletionOutput) -> ChatGeneration:
-    """A whole output as a message."""
-    answer.parser.push(output.text)
-    answer.parser.finish()
-    parsed = answer.parser.message
+    """A whole output as a message. `answer` has seen all of it."""
+    parsed = answer.message
     calls = [call_block(call.id, call.name, call.arguments) for call in parsed.tool_calls]
-    metrics = answer.metrics
-    assert metrics is not None
-    info = answer_info(answer.model, answer.finish_reason(output.finish_reason), output.stop_reason, metrics)
+    info = answer_info(answer.model, answer.finish_reason(output.finish_reason), output.stop_reason, answer.metrics)
     if output.logprobs is not None:
         info["logprobs"] = logprobs(answer.tokenizer, output.token_ids, output.logprobs)
     message = AIMessage(
         content=parsed.content,
         tool_calls=[call for call in calls if call["type"] == "tool_call"],
         invalid_tool_calls=[call for call in calls if call["type"] == "invalid_tool_call"],
-        usage_metadata=usage(metrics),
+        usage_metadata=usage(answer.metrics),
         additional_kwargs={"reasoning_content": parsed.reasoning} if parsed.reasoning else {},
     )
     return ChatGeneration(message=message, generation_info=info)

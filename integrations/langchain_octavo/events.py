@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from octavo.chat import ReasoningDelta, TextDelta
+from octavo.chat import Delta, ReasoningDelta, TextDelta
 from octavo.outputs import StreamPiece
 
-from langchain_octavo.chunks import Answer, Blocks, Delta, call_block
+from langchain_octavo.chunks import Answer, Blocks, call_block
 from langchain_octavo.results import PROVIDER, usage
 
 Event = dict[str, Any]
@@ -68,10 +68,7 @@ class Events:
         yield from self._finish(text_only=False)
         if self._logprobs:
             info = {**info, "logprobs": {"content": self._logprobs}}
-        event: Event = {"event": "message-finish", "metadata": info}
-        if self.answer.metrics is not None:
-            event["usage"] = usage(self.answer.metrics)
-        yield event
+        yield {"event": "message-finish", "metadata": info, "usage": usage(self.answer.metrics)}
 
 
 _KINDS = {"text": "text-delta", "reasoning": "reasoning-delta", "args": "tool-call-delta"}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any, ClassVar
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -17,7 +18,7 @@ from octavo.sampling_params import SamplingParams
 from pydantic import Field
 
 from langchain_octavo.batching import AllAtOnce
-from langchain_octavo.calls import Call, Running, apieces, arun, checked_piece, checked_timeout, run
+from langchain_octavo.calls import AsyncRunning, Call, Running, arun, checked_piece, checked_timeout, run
 from langchain_octavo.engines import EngineFields, unknown
 from langchain_octavo.results import answer_info, llm_output, logprobs, usage
 from langchain_octavo.sampling import SAMPLING_NAMES, SamplingFields
@@ -197,11 +198,12 @@ class OctavoLLM(AllAtOnce, EngineFields, SamplingFields, BaseLLM):
     ) -> AsyncIterator[GenerationChunk]:  # fmt: skip
         timeout = self._timeout(kwargs)
         llm = await self._shared(kwargs.get("model")).start()
-        async for piece in apieces(llm, self._call(prompt, stop, kwargs, llm), timeout):
-            chunk = _chunk(llm, checked_piece(piece), self._name(kwargs))
-            if run_manager is not None:
-                await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-            yield chunk
+        with closing(await AsyncRunning.begin(llm, self._call(prompt, stop, kwargs, llm), timeout)) as running:
+            async for piece in running:
+                chunk = _chunk(llm, checked_piece(piece), self._name(kwargs))
+                if run_manager is not None:
+                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
 
 
 def _wanted(managers: Sequence[Any], prompts: Sequence[str], params: SamplingParams) -> bool:

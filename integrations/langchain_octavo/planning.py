@@ -35,6 +35,8 @@ class Asked:
     timeout: float | None
     sampling: dict[str, Any]
     tools: list[dict[str, Any]] | None
+    repeats: bool
+    """Whether a tool call may be made again with the same arguments: only if parallel calls were asked for."""
     planned: dict[str, Any] = field(default_factory=dict)
     """Further arguments of `plan_chat`."""
 
@@ -51,12 +53,17 @@ def ask(chat: ChatOctavo, stop: list[str] | None, kwargs: Mapping[str, Any]) -> 
         "chat_template_kwargs": {**(chat.chat_template_kwargs or {}), **(kwargs.get("chat_template_kwargs") or {})},
         **_form(kwargs.get("response_format")),
     }
+    parallel = kwargs.get("parallel_tool_calls")
+    if parallel not in (None, True, False):
+        raise RequestError(f"parallel_tool_calls must be True or False, not {parallel!r}", "parallel_tool_calls")
     if tools is not None:
         choice = tool_choice_of(kwargs.get("tool_choice"), tools)
         planned["tool_choice"] = choice or "auto"
-        planned["parallel_tool_calls"] = kwargs.get("parallel_tool_calls", True)
+        planned["parallel_tool_calls"] = parallel is not False
     sampling = {name: value for name, value in kwargs.items() if name in SAMPLING_NAMES}
-    return Asked(kwargs.get("model") or chat.model, stop, timeout, sampling, tools, planned)
+    return Asked(
+        kwargs.get("model") or chat.model, stop, timeout, sampling, tools, parallel is True or not tools, planned
+    )
 
 
 def _form(response_format: Any) -> dict[str, Any]:

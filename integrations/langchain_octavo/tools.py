@@ -21,12 +21,7 @@ def tools_as_openai(tools: Sequence[Tool], *, strict: bool | None = None) -> lis
 
     Raises `RequestError` (field "tools") that names the tool.
     """
-    found = [_tool(tool, strict) for tool in tools]
-    names = [tool["function"]["name"] for tool in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise RequestError(f"two tools have the name {name!r}", "tools")
-    return found
+    return [_tool(tool, strict) for tool in tools]
 
 
 def _tool(tool: Tool, strict: bool | None) -> dict[str, Any]:
