@@ -93,6 +93,19 @@ class AsyncLLM(Client):
         """Pieces of one completion: `async for piece in llm.stream(...)`."""
         return self._stream(prompt, sampling_params, priority)
 
+    async def begin(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0
+    ) -> AsyncTokenStream:
+        """`stream` for whoever would rather wait while the queue is full. With `best_of` above `n` the pieces are of
+        all outputs; the stream's `output` has the best."""
+        stream = self._prepare(prompt, sampling_params, priority, True)
+        try:
+            await _submit(stream._service, stream._assembler.request)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
     async def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, *, priority: int = 0,
         return_exceptions: bool = False,

@@ -94,7 +94,12 @@ def test_a_model_is_told_of_no_tools_with_none(form: str) -> None:
 
 def test_templates_without_tools_get_a_text_of_ours() -> None:
     text = plan_for("generic", [{"role": "system", "content": "Be brief."}, *HISTORY]).prompt["prompt"]
-    system, user, call, results, answer, again, _ = text.split("<|im_start|>")[1:]
+    system, *turns = text.split("<|im_start|>")[1:]
+    examples, (user, call, results, answer, again, _) = turns[:16], turns[16:]
+    assert [turn.split("\n")[0] for turn in examples] == ["user", "assistant"] * 8
+    assert [json.loads(turn.split("\n")[2])["name"] for turn in examples[1::4]] == [
+        "clock", "dictionary", "play_music", "exchange",
+    ]  # fmt: skip
     assert system.startswith("system\nBe brief.\n\n")
     assert json.dumps(WEATHER) in system
     assert '{"name": "now"}' in system
@@ -119,7 +124,8 @@ def test_templates_without_a_system_message() -> None:
     strict = '{%- if messages[0].role == "system" %}{{ raise_exception("no system") }}{% endif %}' + PLAIN
     text = plan_for("generic", chat_template=strict).prompt["prompt"]
     assert text.startswith("<|im_start|>user\nYou can call these tools:")
-    assert "\n\nHi<|im_end|>" in text
+    assert "\n\nWhat time is it in Oslo?<|im_end|>" in text
+    assert "<|im_start|>user\nHi<|im_end|>" in text
     with pytest.raises(RequestError, match="no system"):
         plan_for("hermes", [{"role": "system", "content": "x"}, *USER], tools=None, chat_template=strict)
 

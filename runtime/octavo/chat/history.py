@@ -17,6 +17,15 @@ _INSTRUCTION = (
     '<tool_call>\n{"name": "the tool\'s name", "arguments": {"argument": "value"}}\n</tool_call>\n'
     "Its result comes in <tool_response></tool_response>."
 )
+_EXAMPLES = (
+    ("What time is it in Oslo?", "clock", {"city": "Oslo"}, "14:05", "It is 14:05 in Oslo."),
+    ("How do you say tree in French?", "dictionary", {"word": "tree", "language": "French"}, "arbre",
+     "Tree is arbre in French."),
+    ("Play some jazz.", "play_music", {"genre": "jazz"}, "playing", "I am playing jazz for you."),
+    ("How much is 10 dollars in euros?", "exchange", {"amount": 10, "source": "dollars", "target": "euros"}, "9.2",
+     "10 dollars are 9.2 euros."),
+)  # fmt: skip
+"""Question, tool, arguments, result, answer."""
 
 
 def plain_arguments(messages: Sequence[Mapping[str, Any]]) -> Messages:
@@ -85,15 +94,30 @@ def spelled_out(messages: Sequence[Mapping[str, Any]]) -> Messages:
 
 
 def tell_of_tools(messages: Messages, tools: Sequence[Mapping[str, Any]]) -> Messages:
-    """The tools in the system message."""
+    """The tools in the system message, and turns that show how they are called: a model which was never taught to call
+    tools does it by example only. (The default model of 135M parameters called none by instructions, with one example
+    or with the examples in the system message.)"""
     if not tools:
         return messages
     described = [json.dumps(_described(tool["function"]), ensure_ascii=False) for tool in tools]
     text = "\n".join([_INTRODUCTION, *described, _INSTRUCTION])
     if messages[0]["role"] in ("system", "developer"):
         first = {**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}
-        return [first, *messages[1:]]
-    return [{"role": "system", "content": text}, *messages]
+        return [first, *_examples(), *messages[1:]]
+    return [{"role": "system", "content": text}, *_examples(), *messages]
+
+
+def _examples() -> Messages:
+    turns: Messages = []
+    for question, tool, arguments, result, answer in _EXAMPLES:
+        call = {"function": {"name": tool, "arguments": arguments}}
+        turns += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": result},
+            {"role": "assistant", "content": answer},
+        ]
+    return spelled_out(turns)
 
 
 def without_system(messages: Messages) -> Messages:
