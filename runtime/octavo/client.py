@@ -19,7 +19,8 @@ from octavo.sampling_params import SamplingParams
 from octavo.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, or {"prompt": text} / {"prompt_token_ids": ids}, with an optional "cache_salt"."""
+"""Text, token ids, or {"prompt": text} / {"prompt_token_ids": ids}, with an optional "cache_salt". Of a prompt given both
+ways the ids run."""
 Message = Mapping[str, Any]
 
 _numbers = itertools.count(1)
@@ -107,12 +108,13 @@ class Client:
         return Assembler(request, text, engine.tokenizer, engine.service.abort)
 
     def _prompt(self, prompt: Prompt, special: bool) -> tuple[str | None, list[int], str]:
-        salt = ""
+        salt, given = "", None
         if isinstance(prompt, Mapping):
             salt = prompt.get("cache_salt") or ""
             if not isinstance(salt, str):
                 raise RequestError("cache_salt must be a string", "cache_salt")
             if "prompt_token_ids" in prompt:
+                given = prompt.get("prompt") if isinstance(prompt.get("prompt"), str) else None
                 prompt = prompt["prompt_token_ids"]
                 if isinstance(prompt, str):
                     raise RequestError("prompt_token_ids must be token ids, not text", "prompt_token_ids")
@@ -123,7 +125,7 @@ class Client:
         if isinstance(prompt, str):
             ids, text = self.tokenizer.encode(prompt, add_special_tokens=special), prompt
         elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
-            ids, text = cast(list[int], list(prompt)), None
+            ids, text = cast(list[int], list(prompt)), given
             vocabulary = self.engine.limits.vocab_size
             sound = set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocabulary
             for token in () if sound else ids:  # one by one, 8000 take a millisecond
@@ -169,7 +171,17 @@ class Client:
         return found
 
     def chat_prompt(self, messages: Sequence[Message], options: Mapping[str, Any]) -> dict[str, Any]:
-        """A conversation as a prompt, by the model's chat template."""
-        tokenizer = self.tokenizer
+        """A conversation as a prompt, by the model's chat template. Tools get into it even where the template knows of
+        none."""
+        tokenizer, tools = self.tokenizer, options.get("tools")
+        if tools and not options.get("continue_final_message") and options.get("add_generation_prompt", True):
+            from octavo.chat import plan_chat
+
+            named = ("tools", "chat_template", "continue_final_message", "add_generation_prompt")
+            more = {name: value for name, value in options.items() if name not in named}
+            return plan_chat(
+                tokenizer, messages, SamplingParams(), tools=tools, chat_template=options.get("chat_template"),
+                chat_template_kwargs=more,
+            ).prompt  # fmt: skip
         text = tokenizer.apply_chat_template(list(messages), **options)
         return {"prompt": text}
