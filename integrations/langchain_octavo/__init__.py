@@ -1,4 +1,4 @@
-"""LangChain's classes over Octavo: `ChatOctavo` for chat and tools, `OctavoLLM` for completion.
+"""LangChain's classes over Octavo: `ChatOctavo` for chat and tools, `OctavoLLM` for completion, `OctavoEmbeddings`.
 
 >>> from langchain_octavo import ChatOctavo
 >>> ChatOctavo(temperature=0).invoke("Name a colour.")                  # doctest: +SKIP
@@ -7,9 +7,10 @@ Every object of the same model and engine settings uses one engine of the proces
 """
 
 from langchain_octavo.chat_models import ChatOctavo
+from langchain_octavo.embeddings import OctavoEmbeddings
 from langchain_octavo.llms import OctavoLLM
 from langchain_octavo.loading import allow_loading
 
 allow_loading(ChatOctavo, OctavoLLM)
 
-__all__ = ["ChatOctavo", "OctavoLLM"]
+__all__ = ["ChatOctavo", "OctavoEmbeddings", "OctavoLLM"]

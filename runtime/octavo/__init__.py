@@ -23,6 +23,7 @@ _HOME = {
     "RequestOutput": "octavo.outputs",
     "CompletionOutput": "octavo.outputs",
     "StreamPiece": "octavo.outputs",
+    "EmbeddingOutput": "octavo.outputs",
     "Logprob": "octavo.outputs",
     "RequestMetrics": "octavo.outputs",
     "OctavoError": "octavo.errors",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from octavo.errors import UnsupportedModelError as UnsupportedModelError
     from octavo.llm import LLM as LLM
     from octavo.outputs import CompletionOutput as CompletionOutput
+    from octavo.outputs import EmbeddingOutput as EmbeddingOutput
     from octavo.outputs import Logprob as Logprob
     from octavo.outputs import RequestMetrics as RequestMetrics
     from octavo.outputs import RequestOutput as RequestOutput

@@ -10,12 +10,14 @@ from typing import Any, Self
 
 from octavo.client import Client, Message, Prompt
 from octavo.decode.assemble import Assembler
+from octavo.engine.contract import Work
+from octavo.engine.embed_request import EmbedEvent
 from octavo.engine.request import Request, TokenEvent
 from octavo.engine.service import EngineService
 from octavo.errors import QueueFullError, RequestError
 from octavo.llm import Params, _as_batch, _each, conversations, settled
 from octavo.models.sources import DEFAULT_MODEL
-from octavo.outputs import RequestOutput, StreamPiece
+from octavo.outputs import EmbeddingOutput, RequestOutput, StreamPiece
 from octavo.sampling_params import SamplingParams
 
 
@@ -138,6 +140,36 @@ class AsyncLLM(Client):
             prompts, _each(sampling_params, len(prompts)), priority, return_exceptions, special=False
         )
 
+    async def embed(
+        self, texts: str | Sequence[str], *, prompt_name: str | None = None, return_exceptions: bool = False
+    ) -> list[EmbeddingOutput]:
+        """Embeddings of texts. See `LLM.embed`."""
+        from octavo.embedding import embed_requests, output_of
+
+        loop = asyncio.get_running_loop()
+        waiting: list[asyncio.Future[EmbedEvent]] = []
+
+        def arrive(place: int, event: EmbedEvent) -> None:
+            if not waiting[place].done():
+                waiting[place].set_result(event)
+
+        def sink(place: int, event: EmbedEvent) -> None:
+            loop.call_soon_threadsafe(arrive, place, event)
+
+        requests = embed_requests(self.engine, texts, prompt_name, sink)
+        waiting += [loop.create_future() for _ in requests]
+        service = self.engine.service
+        try:
+            for request in requests:
+                await _submit(service, request)
+            events = [await future for future in waiting]
+        except BaseException:
+            for request in requests:
+                service.abort(request)
+            raise
+        outputs = [output_of(request, event) for request, event in zip(requests, events, strict=True)]
+        return settled(outputs, return_exceptions)
+
     def _stream(
         self, prompt: Prompt, params: SamplingParams | None, priority: int, *, special: bool = True
     ) -> AsyncTokenStream:
@@ -214,7 +246,7 @@ class AsyncLLM(Client):
         await self.aclose()
 
 
-async def _submit(service: EngineService, request: Request) -> None:
+async def _submit(service: EngineService, request: Work) -> None:
     """Hand a request over; while the queue is full, wait without blocking the event loop."""
     loop = asyncio.get_running_loop()
     while True:

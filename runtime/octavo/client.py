@@ -19,8 +19,8 @@ from octavo.sampling_params import SamplingParams
 from octavo.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, or {"prompt": text} / {"prompt_token_ids": ids}, with an optional "cache_salt". Of a prompt given both
-ways the ids run."""
+"""Text, token ids, or {"prompt": text} / {"prompt_token_ids": ids}, with an optional "cache_salt". Of a prompt given
+both ways the ids run."""
 Message = Mapping[str, Any]
 
 _numbers = itertools.count(1)
@@ -108,13 +108,14 @@ class Client:
         return Assembler(request, text, engine.tokenizer, engine.service.abort)
 
     def _prompt(self, prompt: Prompt, special: bool) -> tuple[str | None, list[int], str]:
-        salt, given = "", None
+        salt = ""
+        text: str | None = None
         if isinstance(prompt, Mapping):
             salt = prompt.get("cache_salt") or ""
             if not isinstance(salt, str):
                 raise RequestError("cache_salt must be a string", "cache_salt")
             if "prompt_token_ids" in prompt:
-                given = prompt.get("prompt") if isinstance(prompt.get("prompt"), str) else None
+                text = prompt.get("prompt") if isinstance(prompt.get("prompt"), str) else None
                 prompt = prompt["prompt_token_ids"]
                 if isinstance(prompt, str):
                     raise RequestError("prompt_token_ids must be token ids, not text", "prompt_token_ids")
@@ -125,7 +126,7 @@ class Client:
         if isinstance(prompt, str):
             ids, text = self.tokenizer.encode(prompt, add_special_tokens=special), prompt
         elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
-            ids, text = cast(list[int], list(prompt)), given
+            ids = cast(list[int], list(prompt))
             vocabulary = self.engine.limits.vocab_size
             sound = set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocabulary
             for token in () if sound else ids:  # one by one, 8000 take a millisecond

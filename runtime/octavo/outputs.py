@@ -92,6 +92,17 @@ class RequestOutput:
 
 
 @dataclass(slots=True)
+class EmbeddingOutput:
+    """The embedding of one text."""
+
+    embedding: list[float]
+    prompt_token_ids: list[int]
+    truncated: bool
+    """The text was longer than the model reads, and its end does not count."""
+    metrics: RequestMetrics
+
+
+@dataclass(slots=True)
 class StreamPiece:
     """What is new in one output of a streamed request. The last piece of an output has `finish_reason`; the last piece
     of the request has `output` too."""

@@ -1,4 +1,5 @@
-"""`SharedEngine`: nothing is loaded until it is used, all of one configuration share one engine, the last one ends it."""
+"""`SharedEngine`: nothing is loaded until it is used, all of one configuration share one engine, the last one ends
+it."""
 
 from __future__ import annotations
 

@@ -10,8 +10,9 @@ from collections import deque
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Protocol
 
+from octavo.engine.contract import EngineStats
 from octavo.engine.plan import Masks, StepPlan
-from octavo.engine.request import TokenEvent
+from octavo.engine.request import Request, TokenEvent
 from octavo.engine.scheduler import Draft, Scheduler
 from octavo.errors import RequestFailedError
 
@@ -52,6 +53,24 @@ class EngineCore:
     @property
     def idle(self) -> bool:
         return self.scheduler.idle and not self._under_way
+
+    @property
+    def backlog(self) -> int:
+        return self.scheduler.fresh
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+
+    def abort(self, request: Request, index: int | None) -> None:
+        self.scheduler.abort(request, index)
+
+    def stats(self) -> EngineStats:
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        return EngineStats(
+            running=len(scheduler.running), waiting=len(scheduler.waiting), blocks_total=pool.capacity,
+            blocks_used=pool.used, blocks_cached=pool.cached, blocks_free=pool.available - pool.cached,
+            preemptions=scheduler.preemptions, steps=self.steps, largest_batch=self.largest_batch,
+        )  # fmt: skip
 
     def step(self) -> None:
         """Launch the next step if there is one, then take in results until at most `depth` steps are under way."""

@@ -17,9 +17,11 @@ from octavo.config import EngineConfig
 from octavo.decode.grammar import Grammars
 from octavo.engine.core import EngineCore
 from octavo.engine.service import EngineService
+from octavo.errors import ModelFileError, RequestError
 from octavo.host_memory import collector_paused, memory_goes_back
 from octavo.models.config import ModelConfig, load_config
-from octavo.models.sources import ModelFiles, Progress, resolve
+from octavo.models.encoder_config import EncoderConfig, is_encoder, load_encoder_config
+from octavo.models.sources import EMBEDDING_MODEL, ModelFiles, Progress, resolve
 from octavo.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -48,13 +50,28 @@ class Engine:
 
     config: EngineConfig
     files: ModelFiles
-    model_config: ModelConfig
+    shape: ModelConfig | EncoderConfig
     tokenizer: Tokenizer
     service: EngineService
     limits: Limits
     grammars: Grammars
     seconds_to_ready: float
     users: int = 0
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """Of a model that makes text. Raises `RequestError` for one that does not."""
+        if isinstance(self.shape, EncoderConfig):
+            raise RequestError(f"{self.config.model} makes embeddings, no text: use embed()", "model")
+        return self.shape
+
+    @property
+    def encoder(self) -> EncoderConfig:
+        """Of a model that makes embeddings. Raises `RequestError` for one that does not."""
+        if not isinstance(self.shape, EncoderConfig):
+            message = f"{self.config.model} makes text, no embeddings: use a model such as {EMBEDDING_MODEL!r}"
+            raise RequestError(message, "model")
+        return self.shape
 
     def release(self) -> bool:
         """One user less; the last one closes the engine. True for that one: it should let go of the engine and then
@@ -111,6 +128,8 @@ def _start(config: EngineConfig, progress: Progress | None) -> Engine:
         config.model, revision=config.revision, token=config.token, progress=progress,
         need_weights=config.load_format != "dummy",
     )  # fmt: skip
+    if is_encoder(files):
+        return _start_encoder(config, files, progress, began)
     model_config = load_config(files)
     with ThreadPoolExecutor(1) as background:  # the tokenizer loads while torch is imported and the weights are read
         tokenizer = background.submit(load_tokenizer, files, trust_remote_code=config.trust_remote_code)
@@ -142,6 +161,28 @@ def _start(config: EngineConfig, progress: Progress | None) -> Engine:
     ends = [*model_config.eos_token_ids, *tokenizer.result().eos_token_ids]
     grammars = Grammars(tokenizer.result(), model_config.vocab_size, ends)
     return Engine(config, files, model_config, tokenizer.result(), service, limits, grammars, time.monotonic() - began)
+
+
+def _start_encoder(config: EngineConfig, files: ModelFiles, progress: Progress | None, began: float) -> Engine:
+    from octavo.execute.encoder import build_encoder, resolve_encoder
+
+    shape = load_encoder_config(files)
+    tokenizer = load_tokenizer(files, trust_remote_code=config.trust_remote_code)
+    if max(tokenizer.backend.get_vocab().values(), default=-1) >= shape.vocab_size:
+        message = f"the tokenizer has more tokens than the {shape.vocab_size} of the model's vocabulary"
+        raise ModelFileError(message, tokenizer.place, "vocab_size")
+    resolved = resolve_encoder(config, shape)
+    service = EngineService(
+        lambda: build_encoder(config, files, shape, resolved, progress), max_queued_requests=config.max_queued_requests
+    )
+    service.start()
+    dtype = str(resolved.dtype).removeprefix("torch.")
+    limits = Limits(
+        resolved.max_seq_length, shape.vocab_size, str(resolved.device), dtype, 0, 0, resolved.limits.texts, False,
+        dtype, 0, dtype,
+    )  # fmt: skip
+    grammars = Grammars(tokenizer, shape.vocab_size, ())
+    return Engine(config, files, shape, tokenizer, service, limits, grammars, time.monotonic() - began)
 
 
 @atexit.register

@@ -113,6 +113,17 @@ class Request:
         return token in self.eos_token_ids or token in self.stop_token_ids
 
     @property
+    def finished(self) -> bool:
+        return all(sequence.finished for sequence in self.sequences)
+
+    def fail(self, error: BaseException) -> None:
+        """End every sequence that has not ended, with `error`."""
+        for sequence in self.sequences:
+            if not sequence.finished:
+                sequence.finished = True
+                self.sink(TokenEvent(sequence.index, error=error))
+
+    @property
     def wants_logprobs(self) -> bool:
         """Log-probabilities are needed for the user, or to rank `best_of`."""
         return self.params.logprobs is not None or self.params.width > self.params.n

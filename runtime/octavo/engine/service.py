@@ -1,4 +1,4 @@
-"""The thread that owns an `EngineCore`. All callers, sync and async, talk to the engine through an `EngineService`.
+"""The thread that owns an engine (a `Core`). All callers, sync and async, talk to it through an `EngineService`.
 
 Callers put commands into one queue; the thread takes them in between two steps, runs steps while there is work and
 sleeps when there is none. Results leave through each request's own sink. After `close()`, or if the loop itself breaks,
@@ -13,11 +13,10 @@ import queue
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from octavo.engine.core import EngineCore
-from octavo.engine.request import Request, Sink, TokenEvent
+from octavo.engine.contract import Core, Work
+from octavo.engine.contract import EngineStats as EngineStats
 from octavo.errors import EngineClosedError, ForkedEngineError, QueueFullError
 from octavo.host_memory import give_back_memory, memory_goes_back
 
@@ -27,30 +26,14 @@ _Command = Callable[[], None]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """A snapshot, taken between two steps. Blocks: free + cached + used = total."""
-
-    running: int
-    waiting: int
-    blocks_total: int
-    blocks_used: int
-    blocks_cached: int
-    blocks_free: int
-    preemptions: int
-    steps: int
-    largest_batch: int
-    """Most sequences that one step advanced, since the engine started."""
-
-
 class EngineService:
     """Runs an engine in a daemon thread. `make_core` is called on that thread; its error is raised by `start`."""
 
-    def __init__(self, make_core: Callable[[], EngineCore], *, max_queued_requests: int) -> None:
+    def __init__(self, make_core: Callable[[], Core], *, max_queued_requests: int) -> None:
         self._make_core = make_core
-        self._core: EngineCore | None = None
+        self._core: Core | None = None
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
-        self._open: dict[str, Request] = {}
+        self._open: dict[str, Work] = {}
         self._room = threading.Condition()
         self._room_callbacks: list[Callable[[], None]] = []
         self._not_accepted = 0  # submitted, and still in the command queue
@@ -71,7 +54,7 @@ class EngineService:
 
     # ---------------------------------------------------------------- callers' side, any thread
 
-    def submit(self, request: Request, *, wait: bool = False) -> None:
+    def submit(self, request: Work, *, wait: bool = False) -> None:
         """Hand a request over. Raises `QueueFullError` if too many wait already, unless `wait`: then blocks for
         room."""
         self._check_usable()  # before the lock: in a forked child it may be locked for ever
@@ -98,12 +81,12 @@ class EngineService:
                 return
         callback()
 
-    def abort(self, request: Request, index: int | None = None) -> None:
+    def abort(self, request: Work, index: int | None = None) -> None:
         """End a request, or one of its sequences, soon. Does nothing if it has ended; never raises, never blocks."""
         if os.getpid() == self._pid and not self._closing:
             self._commands.put(lambda: self._abort(request, index))
 
-    def call(self, function: Callable[[EngineCore], T]) -> T:
+    def call(self, function: Callable[[Any], T]) -> T:
         """Run `function(core)` on the engine's thread between two steps, and return its result."""
         self._check_usable()
         done = threading.Event()
@@ -128,22 +111,8 @@ class EngineService:
 
     def stats(self) -> EngineStats:
         """Counts of this moment; waits for the current step."""
-
-        def read(core: EngineCore) -> EngineStats:
-            scheduler, pool = core.scheduler, core.scheduler.pool
-            return EngineStats(
-                running=len(scheduler.running),
-                waiting=len(scheduler.waiting),
-                blocks_total=pool.capacity,
-                blocks_used=pool.used,
-                blocks_cached=pool.cached,
-                blocks_free=pool.available - pool.cached,
-                preemptions=scheduler.preemptions,
-                steps=core.steps,
-                largest_batch=core.largest_batch,
-            )
-
-        return self.call(read)
+        stats: EngineStats = self.call(lambda core: core.stats())
+        return stats
 
     @property
     def closed(self) -> bool:
@@ -200,7 +169,7 @@ class EngineService:
                 self._core = None
             give_back_memory()
 
-    def _loop(self, core: EngineCore) -> None:
+    def _loop(self, core: Core) -> None:
         while True:
             while core.idle or not self._commands.empty():
                 command = self._commands.get()
@@ -222,22 +191,22 @@ class EngineService:
             callback()
 
     def _backlog(self) -> int:
-        return self._not_accepted + (self._core.scheduler.fresh if self._core else 0)
+        return self._not_accepted + (self._core.backlog if self._core else 0)
 
-    def _accept(self, request: Request) -> None:
+    def _accept(self, request: Work) -> None:
         assert self._core is not None
         self._open[request.request_id] = request
         with self._room:  # or the request would count twice for a moment
-            self._core.scheduler.add(request)
+            self._core.add(request)
             self._not_accepted -= 1
 
-    def _abort(self, request: Request, index: int | None) -> None:
+    def _abort(self, request: Work, index: int | None) -> None:
         assert self._core is not None
         if request.request_id in self._open:
-            self._core.scheduler.abort(request, index)
+            self._core.abort(request, index)
 
-    def _deliver(self, request: Request, sink: Sink, event: TokenEvent) -> None:
-        if event.last and all(sequence.finished for sequence in request.sequences):
+    def _deliver(self, request: Work, sink: Callable[[Any], None], event: Any) -> None:
+        if request.finished:
             self._open.pop(request.request_id, None)
         try:
             sink(event)
@@ -258,13 +227,10 @@ class EngineService:
                 except Exception:  # the scheduler may be in any state after a failure; the others must end all the same
                     logger.debug("a command failed while the engine ended", exc_info=True)
         for request in list(self._open.values()):
-            for sequence in request.sequences:
-                if not sequence.finished:
-                    error = EngineClosedError("the engine was closed before this request ended")
-                    error.__cause__ = cause
-                    sequence.finished = True
-                    try:
-                        request.sink(TokenEvent(sequence.index, error=error))
-                    except Exception:
-                        logger.debug("a caller went away before its request ended", exc_info=True)
+            error = EngineClosedError("the engine was closed before this request ended")
+            error.__cause__ = cause
+            try:
+                request.fail(error)
+            except Exception:
+                logger.debug("a caller went away before its request ended", exc_info=True)
         self._open.clear()

@@ -196,7 +196,7 @@ def product_for(device: torch.device, deterministic: bool) -> ProductMaker:
 
 def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> Resolved:
     """Decide everything that is left to the machine. Raises `ConfigError` for what it cannot do."""
-    device = _device(config)
+    device = choose_device(config)
     packing = choose_packing(config, files, model, device)
     dtype = torch.bfloat16 if packing else _dtype(config, model, device)
     gpu = device.type == "cuda"
@@ -236,7 +236,8 @@ def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig
     )  # fmt: skip
 
 
-def _device(config: EngineConfig) -> torch.device:
+def choose_device(config: EngineConfig) -> torch.device:
+    """Raises `ConfigError` for a GPU that is not there."""
     if config.device != "auto":
         if config.device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError("device='cuda' was asked for, but torch sees no GPU: use device='cpu'", "device")

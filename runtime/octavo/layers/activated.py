@@ -1,0 +1,48 @@
+"""`ActivatedLinear`: the first half of an encoder's MLP, a linear layer with an activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from octavo.layers.linear import PACKED_ROWS, Linear, ProductMaker, product_with
+
+_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu, "silu": F.silu,
+}  # fmt: skip
+_EPILOGUES = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", ""), "silu": ("swish", "")}
+
+
+class ActivatedLinear(Linear):
+    """y = f(x W^T + b), with f of `models.encoder_config.ACTIVATIONS`.
+
+    On the CPU f is applied by oneDNN while a product's tile is still at hand: 1024 rows of 384 x 1536 with GELU take a
+    third less time in float32 than product and GELU one after the other.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, activation: str, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(inputs, (outputs,), bias=True, dtype=dtype, device=device)
+        self.activation = activation
+        function = _FUNCTIONS[activation]
+        self._product = lambda x: function(F.linear(x, self.weight, self.bias))
+
+    def finish(self, make: ProductMaker = product_with) -> None:
+        on_cpu = self.weight.device.type == "cpu" and self.weight.dtype in (torch.float32, torch.bfloat16)
+        if make is product_with and on_cpu and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACKED_ROWS)
+            operator = torch.ops.mkldnn._linear_pointwise.default
+            name, algorithm = _EPILOGUES[self.activation]
+            bias = self.bias
+            self._product = lambda x: operator(x, packed, bias, name, [], algorithm)
+            self.weight = self.weight.new_empty(0)
+            return
+        product, was_packed = make(self.weight, self.bias)
+        function = _FUNCTIONS[self.activation]
+        self._product = lambda x: function(product(x))
+        if was_packed:
+            self.weight = self.weight.new_empty(0)

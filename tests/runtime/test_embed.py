@@ -1,0 +1,193 @@
+"""Embeddings: equal to those of sentence-transformers on the real MiniLM, and to transformers for the other families;
+callers share batches, and an error stays with its text."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from octavo import LLM, AsyncLLM, ConfigError, EngineClosedError, RequestError, UnsupportedModelError
+from octavo.engine import registry
+from octavo.models.sources import EMBEDDING_MODEL, resolve
+from tiny_models import save_tokenizer
+
+TEXTS = [
+    "Hello world", "", "a", " padded  ", "Größe, naïve, 日本語 🙂", "x" * 700, "The quick brown fox. " * 200,
+    "A tokenizer cuts text into pieces.\nOne, two, three.", "UPPER lower MiXeD", "[CLS] and [SEP] as text", "?!",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(EMBEDDING_MODEL) as llm:
+        yield llm
+
+
+def vectors(outputs: Any) -> np.ndarray:
+    return np.array([output.embedding for output in outputs])
+
+
+def test_equal_to_sentence_transformers(llm: LLM) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    reference = SentenceTransformer(str(llm.engine.files.path), device="cpu")
+    many = [*TEXTS, *(f"Sentence {n}: " + "word " * (n % 40) for n in range(90))]
+    expected = reference.encode(many)
+    outputs = llm.embed(many)
+    assert np.abs(vectors(outputs) - expected).max() < 1e-5
+    for place in (1, 4, 6):  # alone, padded by nobody
+        assert np.abs(vectors(llm.embed(many[place]))[0] - expected[place]).max() < 1e-5
+    assert [output.truncated for output in outputs[:7]] == [False] * 6 + [True]
+    assert len(outputs[6].prompt_token_ids) == llm.engine.limits.max_model_len
+
+
+def test_half_the_bits_are_near() -> None:
+    with LLM(EMBEDDING_MODEL, dtype="bfloat16") as half, LLM(EMBEDDING_MODEL) as full:
+        one, other = vectors(half.embed(TEXTS[:5])), vectors(full.embed(TEXTS[:5]))
+    assert (one * other).sum(axis=1).min() > 0.999
+    assert not np.array_equal(one, other)
+
+
+async def test_concurrent_callers_share_batches() -> None:
+    with LLM(EMBEDDING_MODEL) as sync:
+        async with await AsyncLLM.create(EMBEDDING_MODEL) as llm:
+            assert llm.engine is sync.engine
+            before = llm.stats().steps
+            results = await asyncio.gather(*(llm.embed(f"text {n}") for n in range(40)))
+            stats = llm.stats()
+            assert stats.steps - before < 20
+            assert stats.largest_batch > 4
+            expected = vectors(sync.embed([f"text {n}" for n in range(40)]))
+            assert np.abs(vectors([one for (one,) in results]) - expected).max() < 1e-6
+
+
+def test_bad_texts_and_wrong_models(llm: LLM, tiny_model: Path) -> None:
+    bad_texts = (([3], "text 0"), (["a", None], "text 1"), (b"a", "bytes"), (4, "int"), (["\ud800"], "surrogates"))
+    for bad, word in bad_texts:
+        with pytest.raises(RequestError, match=word):
+            llm.embed(bad)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="prompt"):
+        llm.embed("a", prompt_name="query")
+    with pytest.raises(RequestError, match="embed"):
+        llm.generate("Hello")
+    assert llm.embed([]) == []
+    with LLM(str(tiny_model)) as text, pytest.raises(RequestError, match="minilm"):
+        text.embed("Hello")
+    for setting in ({"num_blocks": 4}, {"quantization": "int8"}, {"max_model_len": 4096}, {"deterministic": True}):
+        with pytest.raises(ConfigError, match=next(iter(setting))):
+            LLM(EMBEDDING_MODEL, **setting)
+    assert len(llm.embed("still here")[0].embedding) == 384
+
+
+def test_a_text_on_which_the_model_fails_fails_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = llm.engine.service.call(lambda core: core.encoder)
+    encode = encoder.encode
+    poison = llm.embed("poison")[0].prompt_token_ids
+
+    def flaky(texts: Any) -> Any:
+        if poison in [list(text) for text in texts]:
+            raise RuntimeError("out of luck")
+        return encode(texts)
+
+    monkeypatch.setattr(encoder, "encode", flaky)
+    outputs = llm.embed(["one", "poison", "two"], return_exceptions=True)
+    assert "out of luck" in str(outputs[1])
+    assert np.abs(vectors([outputs[0], outputs[2]])).max() > 0
+    with pytest.raises(Exception, match="out of luck"):
+        llm.embed("poison")
+
+
+def test_close_ends_what_waits_and_gives_the_engine_back() -> None:
+    llm = LLM(EMBEDDING_MODEL, max_num_batched_tokens=64)
+    config = llm.engine.config
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            while True:
+                llm.embed(["some text " * 20] * 20)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while llm.stats().steps < 3:
+        pass
+    llm.close()
+    thread.join(30)
+    assert isinstance(errors[0], EngineClosedError)
+    assert config not in registry._engines
+
+
+async def test_a_cancelled_task_leaves_nothing() -> None:
+    async with await AsyncLLM.create(EMBEDDING_MODEL, max_num_batched_tokens=64) as llm:
+        task = asyncio.create_task(llm.embed(["long text " * 30] * 200))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert llm.stats().waiting == 0
+        assert len((await llm.embed("next"))[0].embedding) == 384
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "bert": {"type_vocab_size": 2}, "roberta": {"pad_token_id": 1, "type_vocab_size": 1},
+    "xlm-roberta": {"pad_token_id": 1, "type_vocab_size": 1}, "mpnet": {"pad_token_id": 1},
+    "distilbert": {"dim": 32, "n_heads": 4, "n_layers": 2, "hidden_dim": 48},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("mode", ["mean", "cls", "max", "lasttoken"])
+def test_families_and_poolings_equal_transformers(kind: str, mode: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    torch.manual_seed(3)
+    settings: dict[str, Any] = {
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 80, "initializer_range": 0.3,
+    } | FAMILIES[kind]  # fmt: skip
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **settings)).eval()
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    (tmp_path / "modules.json").write_text(json.dumps([
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]))  # fmt: skip
+    (tmp_path / "1_Pooling").mkdir()
+    long = {"mean": "mean_tokens", "cls": "cls_token", "max": "max_tokens", "lasttoken": "lasttoken"}
+    pooling = {f"pooling_mode_{name}": key == mode for key, name in long.items()}
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **pooling}))
+    texts = ["The quick brown fox", "dog", "Numbers such as 1, 12 and 123 are written with digits."]
+    with LLM(str(tmp_path)) as llm:
+        outputs = llm.embed(texts)
+    for output in outputs:
+        with torch.no_grad():
+            states = model(input_ids=torch.tensor([output.prompt_token_ids])).last_hidden_state[0]
+        expected = {
+            "mean": states.mean(0), "cls": states[0], "max": states.max(0).values, "lasttoken": states[-1]
+        }[mode]  # fmt: skip
+        np.testing.assert_allclose(output.embedding, expected.numpy(), atol=2e-5)
+
+
+def test_what_is_not_implemented_is_named(tmp_path: Path) -> None:
+    source = resolve(EMBEDDING_MODEL).path
+    for path in source.iterdir():
+        if path.is_file() and path.suffix != ".md":
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "1_Pooling").mkdir()
+    config = json.loads((source / "1_Pooling" / "config.json").read_text())
+    modules = json.loads((source / "modules.json").read_text())
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "modules.json").unlink()
+    dense = {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
+    (tmp_path / "modules.json").write_text(json.dumps([*modules, dense]))
+    with pytest.raises(UnsupportedModelError, match="Dense"):
+        LLM(str(tmp_path))
