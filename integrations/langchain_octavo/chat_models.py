@@ -17,11 +17,11 @@ from langchain_core.utils.utils import LC_ID_PREFIX
 from octavo.chat import ChatPlan
 from octavo.client import Client
 from octavo.errors import RequestError
-from octavo.outputs import RequestOutput, StreamPiece
+from octavo.outputs import RequestOutput
 from pydantic import Field
 
 from langchain_octavo.batching import AllAtOnce, generate_all
-from langchain_octavo.calls import AsyncRunning, Running, checked, checked_piece
+from langchain_octavo.calls import AsyncRunning, Running, arun, checked_piece, run
 from langchain_octavo.chunks import Answer, Blocks, generation
 from langchain_octavo.engines import EngineFields
 from langchain_octavo.events import Event, Events
@@ -107,17 +107,8 @@ class ChatOctavo(AllAtOnce, EngineFields, SamplingFields, BaseChatModel):
             self.profile["max_input_tokens"] = client.engine.limits.max_model_len  # known now that it is loaded
         return plan(client, messages, asked, self._sampling(asked.stop, asked.sampling, client))
 
-    def _answers(self, client: Client, chat: ChatPlan, asked: Asked, output: RequestOutput) -> list[Answer]:
-        """Those of a request, which `output` belongs to."""
-        made = (chat.parser() for _ in range(chat.params.n))
-        return [Answer(one, client.tokenizer, asked.model, output.metrics, repeats=asked.repeats) for one in made]
-
-    def _result(self, asked: Asked, answers: list[Answer], output: RequestOutput) -> ChatResult:
-        for answer, choice in zip(answers, output.outputs, strict=True):
-            if not answer.ended:  # nobody looked while it came
-                checked(output)
-                answer.deltas(StreamPiece(choice.text, [], finish_reason=choice.finish_reason))
-        found = [generation(answer, choice) for answer, choice in zip(answers, output.outputs, strict=True)]
+    def _result(self, client: Client, chat: ChatPlan, asked: Asked, output: RequestOutput) -> ChatResult:
+        found = [generation(_answer(client, chat, asked, output), choice) for choice in output.outputs]
         return ChatResult(generations=found, llm_output=llm_output(asked.model, [output.metrics]))
 
     def _generate(
@@ -127,13 +118,7 @@ class ChatOctavo(AllAtOnce, EngineFields, SamplingFields, BaseChatModel):
         asked = ask(self, stop, kwargs)
         llm = self._shared(asked.model).llm
         chat = self._plan(llm, messages, asked)
-        running = Running(llm, [(chat.prompt, chat.params)], asked.timeout)
-        answers = self._answers(llm, chat, asked, running.outputs()[0])
-        with closing(running):
-            for _, piece in running:
-                if _complete(answers, piece, asked, chat):
-                    break
-        return self._result(asked, answers, running.outputs()[0])
+        return self._result(llm, chat, asked, run(llm, [(chat.prompt, chat.params)], asked.timeout)[0])
 
     async def _agenerate(
         self, messages: list[BaseMessage], stop: list[str] | None = None,
@@ -142,13 +127,7 @@ class ChatOctavo(AllAtOnce, EngineFields, SamplingFields, BaseChatModel):
         asked = ask(self, stop, kwargs)
         llm = await self._shared(asked.model).start()
         chat = self._plan(llm, messages, asked)
-        running = await AsyncRunning.begin(llm, (chat.prompt, chat.params), asked.timeout)
-        answers = self._answers(llm, chat, asked, running.output())
-        with closing(running):
-            async for piece in running:
-                if _complete(answers, piece, asked, chat):
-                    break
-        return self._result(asked, answers, running.output())
+        return self._result(llm, chat, asked, (await arun(llm, [(chat.prompt, chat.params)], asked.timeout))[0])
 
     # ---------------------------------------------------------------- streams
 
@@ -161,14 +140,12 @@ class ChatOctavo(AllAtOnce, EngineFields, SamplingFields, BaseChatModel):
         llm = self._shared(asked.model).llm
         chat = _streamable(self._plan(llm, messages, asked))
         running = Running(llm, [(chat.prompt, chat.params)], asked.timeout)
-        (answer,) = self._answers(llm, chat, asked, running.outputs()[0])
+        answer = _answer(llm, chat, asked, running.outputs()[0])
         blocks = Blocks() if self.output_version == "v1" else None
         with closing(running):
             for _, piece in running:
                 deltas = answer.deltas(checked_piece(piece))
                 yield answer.chunk(piece, deltas) if blocks is None else answer.block_chunk(piece, deltas, blocks)
-                if answer.ended:
-                    break
 
     async def _astream(
         self, messages: list[BaseMessage], stop: list[str] | None = None,
@@ -178,14 +155,12 @@ class ChatOctavo(AllAtOnce, EngineFields, SamplingFields, BaseChatModel):
         llm = await self._shared(asked.model).start()
         chat = _streamable(self._plan(llm, messages, asked))
         running = await AsyncRunning.begin(llm, (chat.prompt, chat.params), asked.timeout)
-        (answer,) = self._answers(llm, chat, asked, running.output())
+        answer = _answer(llm, chat, asked, running.output())
         blocks = Blocks() if self.output_version == "v1" else None
         with closing(running):
             async for piece in running:
                 deltas = answer.deltas(checked_piece(piece))
                 yield answer.chunk(piece, deltas) if blocks is None else answer.block_chunk(piece, deltas, blocks)
-                if answer.ended:
-                    break
 
     def _stream_chat_model_events(
         self, messages: list[BaseMessage], stop: list[str] | None = None,
@@ -196,7 +171,7 @@ class ChatOctavo(AllAtOnce, EngineFields, SamplingFields, BaseChatModel):
         llm = self._shared(asked.model).llm
         chat = _streamable(self._plan(llm, messages, asked))
         running = Running(llm, [(chat.prompt, chat.params)], asked.timeout)
-        (answer,) = self._answers(llm, chat, asked, running.outputs()[0])
+        answer = _answer(llm, chat, asked, running.outputs()[0])
         events = Events(answer, _message_id(run_manager))
         yield events.start()
         with closing(running):
@@ -206,8 +181,6 @@ class ChatOctavo(AllAtOnce, EngineFields, SamplingFields, BaseChatModel):
                     chunk = answer.chunk(piece, deltas)
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield from events.of(piece, deltas)
-                if answer.ended:
-                    break
 
     async def _astream_chat_model_events(
         self, messages: list[BaseMessage], stop: list[str] | None = None,
@@ -218,7 +191,7 @@ class ChatOctavo(AllAtOnce, EngineFields, SamplingFields, BaseChatModel):
         llm = await self._shared(asked.model).start()
         chat = _streamable(self._plan(llm, messages, asked))
         running = await AsyncRunning.begin(llm, (chat.prompt, chat.params), asked.timeout)
-        (answer,) = self._answers(llm, chat, asked, running.output())
+        answer = _answer(llm, chat, asked, running.output())
         events = Events(answer, _message_id(run_manager))
         yield events.start()
         with closing(running):
@@ -229,8 +202,6 @@ class ChatOctavo(AllAtOnce, EngineFields, SamplingFields, BaseChatModel):
                     await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 for event in events.of(piece, deltas):
                     yield event
-                if answer.ended:
-                    break
 
     def _one_output(self, kwargs: dict[str, Any]) -> bool:
         counts = [kwargs.get(name) or getattr(self, name) or 1 for name in ("n", "best_of")]
@@ -324,14 +295,9 @@ def _streamable(chat: ChatPlan) -> ChatPlan:
     return chat
 
 
-def _complete(answers: list[Answer], piece: StreamPiece, asked: Asked, chat: ChatPlan) -> bool:
-    """Show `piece` to its answer, if that looks for an end of its own. True when all have ended."""
-    if asked.repeats or chat.params.width > chat.params.n:
-        return False
-    answer = answers[piece.index]
-    if not answer.ended:
-        answer.deltas(checked_piece(piece))
-    return all(answer.ended for answer in answers)
+def _answer(client: Client, chat: ChatPlan, asked: Asked, output: RequestOutput) -> Answer:
+    """One of the request that `output` belongs to."""
+    return Answer(chat.parser(), client.tokenizer, asked.model, output.metrics)
 
 
 def _message_id(run_manager: Any) -> str:

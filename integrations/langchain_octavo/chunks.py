@@ -9,28 +9,21 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from langchain_core.messages import AIMessage, AIMessageChunk
-from langchain_core.messages.tool import InvalidToolCall, ToolCall, ToolCallChunk
+from langchain_core.messages import AIMessage, AIMessageChunk, InvalidToolCall, ToolCall, ToolCallChunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk
-from octavo.chat import ChatParser, Delta, ParsedMessage, ReasoningDelta, TextDelta, ToolCallDelta
+from octavo.chat import ChatParser, Delta, ReasoningDelta, TextDelta, ToolCallDelta
 from octavo.outputs import CompletionOutput, RequestMetrics, StreamPiece
 from octavo.tokenizer import Tokenizer
 
-from langchain_octavo.repeats import Repeats
 from langchain_octavo.results import answer_info, logprobs, usage
 
 
 class Answer:
-    """One output as it comes. `model`: its name for the metadata. `metrics`: of its request, which fills them.
-    `repeats`: whether a tool call may be made again with the same arguments."""
+    """One output as it comes. `model`: its name for the metadata. `metrics`: of its request, which fills them."""
 
-    def __init__(
-        self, parser: ChatParser, tokenizer: Tokenizer, model: str, metrics: RequestMetrics, *, repeats: bool = True
-    ) -> None:
+    def __init__(self, parser: ChatParser, tokenizer: Tokenizer, model: str, metrics: RequestMetrics) -> None:
         self.parser, self.tokenizer, self.model, self.metrics = parser, tokenizer, model, metrics
         self.ended = False
-        """Nothing follows: the request may be ended, if it runs still."""
-        self._repeats = None if repeats else Repeats()
 
     def deltas(self, piece: StreamPiece) -> list[Delta]:
         """What `piece` adds."""
@@ -38,15 +31,7 @@ class Answer:
         if piece.finish_reason is not None:
             self.ended = True
             found += self.parser.finish()
-        if self._repeats is not None:
-            found = self._repeats.pass_on(found)
-            self.ended = self.ended or self._repeats.over
         return found
-
-    @property
-    def message(self) -> ParsedMessage:
-        """Everything so far."""
-        return self.parser.message if self._repeats is None else self._repeats.cut(self.parser.message)
 
     def info(self, piece: StreamPiece) -> dict[str, Any] | None:
         """`generation_info` of the chunk of `piece`."""
@@ -59,8 +44,8 @@ class Answer:
         return found or None
 
     def finish_reason(self, reason: str | None) -> str | None:
-        """As OpenAI has it: an answer that calls tools says so. None: it was ended here."""
-        return "tool_calls" if reason in ("stop", None) and self.message.tool_calls else reason
+        """As OpenAI has it: an answer that calls tools says so."""
+        return "tool_calls" if reason == "stop" and self.parser.message.tool_calls else reason
 
     def chunk(self, piece: StreamPiece, deltas: list[Delta]) -> ChatGenerationChunk:
         """The chunk for `piece`, with string content."""
@@ -77,7 +62,9 @@ class Answer:
         chunk.message.response_metadata = {"output_version": "v1"}
         return chunk
 
-    def _with(self, piece: StreamPiece, deltas: list[Delta], content: str | list[str | dict[Any, Any]]) -> Any:
+    def _with(
+        self, piece: StreamPiece, deltas: list[Delta], content: str | list[str | dict[Any, Any]]
+    ) -> ChatGenerationChunk:
         fields: dict[str, Any] = {}
         calls = [tool_call_chunk(delta) for delta in deltas if isinstance(delta, ToolCallDelta)]
         if calls:
@@ -132,8 +119,10 @@ def tool_call_chunk(delta: ToolCallDelta) -> ToolCallChunk:
 
 
 def generation(answer: Answer, output: CompletionOutput) -> ChatGeneration:
-    """A whole output as a message. `answer` has seen all of it."""
-    parsed = answer.message
+    """A whole output as a message."""
+    answer.parser.push(output.text)
+    answer.parser.finish()
+    parsed = answer.parser.message
     calls = [call_block(call.id, call.name, call.arguments) for call in parsed.tool_calls]
     info = answer_info(answer.model, answer.finish_reason(output.finish_reason), output.stop_reason, answer.metrics)
     if output.logprobs is not None:

@@ -35,8 +35,6 @@ class Asked:
     timeout: float | None
     sampling: dict[str, Any]
     tools: list[dict[str, Any]] | None
-    repeats: bool
-    """Whether a tool call may be made again with the same arguments: only if parallel calls were asked for."""
     planned: dict[str, Any] = field(default_factory=dict)
     """Further arguments of `plan_chat`."""
 
@@ -59,11 +57,9 @@ def ask(chat: ChatOctavo, stop: list[str] | None, kwargs: Mapping[str, Any]) -> 
     if tools is not None:
         choice = tool_choice_of(kwargs.get("tool_choice"), tools)
         planned["tool_choice"] = choice or "auto"
-        planned["parallel_tool_calls"] = parallel is not False
+        planned["parallel_tool_calls"] = parallel
     sampling = {name: value for name, value in kwargs.items() if name in SAMPLING_NAMES}
-    return Asked(
-        kwargs.get("model") or chat.model, stop, timeout, sampling, tools, parallel is True or not tools, planned
-    )
+    return Asked(kwargs.get("model") or chat.model, stop, timeout, sampling, tools, planned)
 
 
 def _form(response_format: Any) -> dict[str, Any]:
