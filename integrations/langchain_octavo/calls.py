@@ -1,5 +1,5 @@
-"""Running requests from synchronous code: one or many, their pieces as they come, a limit on the time, and a way for a
-batch to end what it has under way. asyncio code has all that in `AsyncLLM`.
+"""Running requests: one or many, their pieces as they come, a limit on the time, and a way for whoever leaves a batch
+or a stream to end what it has under way.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ AsyncOnPiece = Callable[[int, StreamPiece], Awaitable[None]]
 
 
 class UnderWay:
-    """What a batch has in the engine, so that whoever leaves the batch can end it. Any thread."""
+    """What a batch or a stream has in the engine, so that whoever leaves it can end that. Any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._running: set[Running] = set()
+        self._running: set[Running | AsyncRunning] = set()
         self._closed = False
 
-    def add(self, running: Running) -> None:
+    def add(self, running: Running | AsyncRunning) -> None:
         with self._lock:
             self._running.add(running)
             self.check()
 
     def check(self) -> None:
-        """Raise if the batch was left."""
+        """Raise if it was left."""
         if self._closed:
-            raise RequestFailedError("the request was ended, as its batch was")
+            raise RequestFailedError("the request was ended, as its batch or stream was left")
 
-    def remove(self, running: Running) -> None:
+    def remove(self, running: Running | AsyncRunning) -> None:
         with self._lock:
             self._running.discard(running)
 
@@ -57,7 +57,7 @@ class UnderWay:
 
 
 under_way: ContextVar[UnderWay | None] = ContextVar("octavo_under_way", default=None)
-"""The batch that the current thread works for."""
+"""The batch or stream that the current thread or task works for."""
 
 
 class Running:
@@ -189,6 +189,9 @@ class AsyncRunning:
 
     def __init__(self, stream: AsyncTokenStream, until: float | None, timeout: float | None) -> None:
         self._stream, self._until, self._timeout = stream, until, timeout
+        self._group = under_way.get()
+        if self._group is not None:
+            self._group.add(self)
 
     @classmethod
     async def begin(cls, llm: AsyncLLM, call: Call, timeout: float | None) -> AsyncRunning:
@@ -218,13 +221,16 @@ class AsyncRunning:
                     raise _too_late(self._timeout) from None
                 yield piece
         finally:
-            stream.close()
+            self.close()
 
     def output(self) -> RequestOutput:
         """Everything so far."""
         return self._stream.output
 
     def close(self) -> None:
+        """End it, if it still runs. Any number of times."""
+        if self._group is not None:
+            self._group.remove(self)
         self._stream.close()
 
 

@@ -25,6 +25,7 @@ from langchain_octavo.calls import AsyncRunning, Running, arun, checked_piece, r
 from langchain_octavo.chunks import Answer, Blocks, generation
 from langchain_octavo.engines import EngineFields
 from langchain_octavo.events import Event, Events
+from langchain_octavo.leaving import LeavableStreams
 from langchain_octavo.planning import Asked, ask, plan
 from langchain_octavo.results import combined, llm_output
 from langchain_octavo.sampling import SamplingFields
@@ -32,7 +33,7 @@ from langchain_octavo.structured import structured_output
 from langchain_octavo.tools import tool_choice_of, tools_as_openai
 
 
-class ChatOctavo(AllAtOnce, EngineFields, SamplingFields, BaseChatModel):
+class ChatOctavo(AllAtOnce, LeavableStreams, EngineFields, SamplingFields, BaseChatModel):
     """A chat model in this process.
 
     >>> chat = ChatOctavo("Qwen/Qwen3-0.6B", temperature=0.7, max_model_len=4096)       # doctest: +SKIP

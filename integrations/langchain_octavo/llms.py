@@ -20,11 +20,12 @@ from pydantic import Field
 from langchain_octavo.batching import AllAtOnce
 from langchain_octavo.calls import AsyncRunning, Call, Running, arun, checked_piece, checked_timeout, run
 from langchain_octavo.engines import EngineFields, unknown
+from langchain_octavo.leaving import LeavableStreams
 from langchain_octavo.results import answer_info, llm_output, logprobs, usage
 from langchain_octavo.sampling import SAMPLING_NAMES, SamplingFields
 
 
-class OctavoLLM(AllAtOnce, EngineFields, SamplingFields, BaseLLM):
+class OctavoLLM(AllAtOnce, LeavableStreams, EngineFields, SamplingFields, BaseLLM):
     """Continues texts. Who used langchain-community's `VLLM` changes the import; what the engine cannot honour yet is a
     `ConfigError` that names it.
 
