@@ -87,7 +87,7 @@ class EngineFields(BaseModel):
             elif name in cls.without_meaning:
                 continue
             elif name not in ENGINE_NAMES:
-                raise unknown(name, [*cls.model_fields, *ENGINE_NAMES])
+                raise unknown(name, [*cls.other_names, *cls.model_fields, *ENGINE_NAMES])
             target = known if name in cls.model_fields else engine
             if name in target:
                 raise ConfigError(f"{name} is given twice, under two names", name)

@@ -2,4 +2,7 @@
 
 import pytest
 
-pytest.register_assert_rewrite("llama_index_contract", "llama_index_tool_contract", "llama_index_recorder")
+pytest.register_assert_rewrite(
+    "llama_index_contract", "llama_index_tool_contract", "llama_index_recorder", "base_llm_contract",
+    "langchain_recorder",
+)  # fmt: skip
