@@ -42,6 +42,11 @@ class EngineStats:
     largest_batch: int
     """Most sequences that one step advanced, since the engine started."""
 
+    def _repr_html_(self) -> str:
+        from octavo.html import stats_html
+
+        return stats_html(self)
+
 
 class EngineService:
     """Runs an engine in a daemon thread. `make_core` is called on that thread; its error is raised by `start`."""
