@@ -36,6 +36,11 @@ class CompletionOutput:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
+    def _repr_html_(self) -> str:
+        from octavo.html import completion_html
+
+        return completion_html(self)
+
 
 @dataclass(slots=True)
 class RequestMetrics:
@@ -89,6 +94,11 @@ class RequestOutput:
     def text(self) -> str:
         """Text of the first output."""
         return self.outputs[0].text
+
+    def _repr_html_(self) -> str:
+        from octavo.html import request_html
+
+        return request_html(self)
 
 
 @dataclass(slots=True)

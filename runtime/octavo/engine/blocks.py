@@ -65,6 +65,11 @@ class BlockPool:
         """Blocks that nobody holds and that can still be found."""
         return len(self._idle)
 
+    @property
+    def cached_blocks(self) -> list[int]:
+        """Those, the one that is given away next first."""
+        return list(self._idle)
+
     def is_shared(self, block: int) -> bool:
         return self._holders[block] > 1
 

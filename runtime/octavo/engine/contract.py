@@ -24,6 +24,11 @@ class EngineStats:
     largest_batch: int
     """Most sequences that one step advanced, since the engine started."""
 
+    def _repr_html_(self) -> str:
+        from octavo.html import stats_html
+
+        return stats_html(self)
+
 
 class Work(Protocol):
     """A request. `sink` takes its events, on the engine's thread."""
