@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from octavo import SamplingParams
 from octavo.engine.blocks import BlockPool
@@ -131,6 +131,10 @@ OPERATION = st.one_of(
 @given(
     blocks=st.integers(3, 14), rows=st.integers(1, 6), budget=st.integers(1, 40), depth=st.integers(0, 2),
     caching=st.booleans(), trace=st.lists(OPERATION, min_size=1, max_size=25),
+)  # fmt: skip
+@example(  # a fork of a sequence whose prompt is still under way, in a step that fails late
+    blocks=3, rows=2, budget=1, depth=1, caching=False,
+    trace=[("add", {"prompt": [10, 11], "max_tokens": 1, "n": 2, "poison": None}), ("fail wait", 0)],
 )  # fmt: skip
 def test_any_trace_keeps_the_books_and_gives_the_right_tokens(
     blocks: int, rows: int, budget: int, depth: int, caching: bool, trace: list[tuple[str, object]]

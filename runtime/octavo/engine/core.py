@@ -87,8 +87,12 @@ class EngineCore:
         except _EarlierStepFailed:
             self.scheduler.rollback(draft)
         except Exception as error:
+            failures = self._failures
             self._drain()
-            self._blame(draft, error)
+            if self._failures == failures:
+                self._blame(draft, error)
+            else:  # an earlier step failed, and this one perhaps for no other reason: it runs again
+                self.scheduler.rollback(draft)
         else:
             self._under_way.append((draft, launched))
             self.steps += 1
