@@ -11,7 +11,7 @@ from typing import Any, Self
 from octavo.client import Client, Message, Prompt
 from octavo.decode.assemble import Assembler
 from octavo.engine.contract import Work
-from octavo.engine.embed_request import EmbedEvent
+from octavo.engine.embed_request import EmbedEvent, EmbedRequest
 from octavo.engine.request import Request, TokenEvent
 from octavo.engine.service import EngineService
 from octavo.errors import QueueFullError, RequestError
@@ -147,28 +147,28 @@ class AsyncLLM(Client):
         from octavo.embedding import embed_requests, output_of
 
         loop = asyncio.get_running_loop()
-        waiting: list[asyncio.Future[EmbedEvent]] = []
-
-        def arrive(place: int, event: EmbedEvent) -> None:
-            if not waiting[place].done():
-                waiting[place].set_result(event)
+        arrived: asyncio.Queue[tuple[int, EmbedEvent]] = asyncio.Queue()
 
         def sink(place: int, event: EmbedEvent) -> None:
-            loop.call_soon_threadsafe(arrive, place, event)
+            loop.call_soon_threadsafe(arrived.put_nowait, (place, event))
 
-        requests = embed_requests(self.engine, texts, prompt_name, sink)
-        waiting += [loop.create_future() for _ in requests]
         service = self.engine.service
+        requests: list[EmbedRequest] = []
+        found: dict[int, EmbeddingOutput | BaseException] = {}
         try:
-            for request in requests:
-                await _submit(service, request)
-            events = [await future for future in waiting]
+            for group in embed_requests(self.engine, texts, prompt_name, sink):
+                requests += group
+                for request in group:
+                    await _submit(service, request)
+                await asyncio.sleep(0)  # others have their turn between two groups
+            while len(found) < len(requests):
+                place, event = await arrived.get()
+                found[place] = output_of(requests[place], event)
         except BaseException:
             for request in requests:
                 service.abort(request)
             raise
-        outputs = [output_of(request, event) for request, event in zip(requests, events, strict=True)]
-        return settled(outputs, return_exceptions)
+        return settled([found[place] for place in range(len(requests))], return_exceptions)
 
     def _stream(
         self, prompt: Prompt, params: SamplingParams | None, priority: int, *, special: bool = True

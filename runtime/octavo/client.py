@@ -86,6 +86,7 @@ class Client:
         """Check everything and build the request; nothing is submitted yet. `special`: add BOS as the tokenizer
         does. `constrain`: compile its grammar, which may take time; else the caller does."""
         engine = self.engine
+        engine.check_generates()
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestError(
@@ -174,6 +175,7 @@ class Client:
     def chat_prompt(self, messages: Sequence[Message], options: Mapping[str, Any]) -> dict[str, Any]:
         """A conversation as a prompt, by the model's chat template. Tools get into it even where the template knows of
         none."""
+        self.engine.check_generates()
         tokenizer, tools = self.tokenizer, options.get("tools")
         if tools and not options.get("continue_final_message") and options.get("add_generation_prompt", True):
             from octavo.chat import plan_chat

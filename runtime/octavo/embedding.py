@@ -4,56 +4,80 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 
 from octavo.engine.embed_request import EmbedEvent, EmbedRequest
 from octavo.engine.registry import Engine
 from octavo.errors import EngineClosedError, RequestError
+from octavo.models.encoder_config import EncoderConfig
 from octavo.outputs import EmbeddingOutput
+
+GROUP = 32
+"""Texts that are tokenised at once. The engine works on them while the next are tokenised, and an event loop gets its
+turn."""
 
 _numbers = itertools.count(1)
 
 
 def embed_requests(
     engine: Engine, texts: Sequence[str] | str, prompt_name: str | None, sink: Callable[[int, EmbedEvent], None]
-) -> list[EmbedRequest]:
-    """One request for each text; nothing is submitted. `sink` receives the text's place and its event.
+) -> Iterator[list[EmbedRequest]]:
+    """One request for each text, in order, made in groups as they are asked for; nothing is submitted. `sink` receives
+    the text's place and its event.
 
     A text that is too long is cut to the model's length, as sentence-transformers does it. Raises `RequestError` that
-    names the first bad text, or the prompt."""
-    shape = engine.encoder
-    prompt = shape.default_prompt
-    if prompt_name is not None:
-        if prompt_name not in shape.prompts:
-            known = ", ".join(map(repr, shape.prompts)) or "none"
-            raise RequestError(f"the model has no prompt {prompt_name!r}; its prompts: {known}", "prompt_name")
-        prompt = shape.prompts[prompt_name]
-    batch: object = [texts] if isinstance(texts, str) else texts
+    names the first bad text, or the prompt, before the first group."""
+    prompt = _prompt(engine.encoder, prompt_name)
+    return _groups(engine, prompt, _checked(texts), sink)
+
+
+def _groups(
+    engine: Engine, prompt: str, texts: list[str], sink: Callable[[int, EmbedEvent], None]
+) -> Iterator[list[EmbedRequest]]:
+    places = iter(enumerate(texts))
+    while group := list(islice(places, GROUP)):
+        yield [_request(engine, prompt + text, place, sink) for place, text in group]
+
+
+def _request(engine: Engine, text: str, place: int, sink: Callable[[int, EmbedEvent], None]) -> EmbedRequest:
+    backend = engine.tokenizer.backend
+    found = backend.encode(text, add_special_tokens=False)
+    room = engine.limits.max_model_len - backend.num_special_tokens_to_add(False)
+    truncated = len(found.ids) > room
+    found.truncate(room)
+    ids = backend.post_process(found).ids
+    if not ids:  # a tokenizer that puts nothing around a text
+        raise RequestError(f"text {place} has no token", "texts")
+    return EmbedRequest(f"octavo-embed-{next(_numbers)}", ids, partial(sink, place), truncated=truncated)
+
+
+def _prompt(shape: EncoderConfig, name: str | None) -> str:
+    if name is None:
+        return shape.default_prompt
+    if name not in shape.prompts:
+        known = ", ".join(map(repr, shape.prompts)) or "none"
+        raise RequestError(f"the model has no prompt {name!r}; its prompts: {known}", "prompt_name")
+    prompt = shape.prompts[name]
+    if prompt and not shape.pools_prompt:
+        message = "this model leaves prompts out of its pooling, which is not implemented: leave prompt_name out"
+        raise RequestError(message, "prompt_name")
+    return prompt
+
+
+def _checked(texts: object) -> list[str]:
+    batch = [texts] if isinstance(texts, str) else texts
     if isinstance(batch, bytes) or not isinstance(batch, Sequence):
         raise RequestError(f"texts must be a string or a list of strings, not {type(texts).__name__}", "texts")
-    requests = []
     for place, text in enumerate(batch):
         if not isinstance(text, str):
             raise RequestError(f"text {place} is a {type(text).__name__}, not a string", "texts")
-        ids, truncated = _tokens(engine, prompt + text, place)
-        requests.append(
-            EmbedRequest(f"octavo-embed-{next(_numbers)}", ids, partial(sink, place), truncated=truncated)
-        )
-    return requests
-
-
-def _tokens(engine: Engine, text: str, place: int) -> tuple[list[int], bool]:
-    text = text.strip()
-    backend, longest = engine.tokenizer.backend, engine.limits.max_model_len
-    try:
-        found = backend.encode(text.lower() if engine.encoder.lower_case else text, add_special_tokens=False)
-    except (TypeError, UnicodeError) as error:
-        raise RequestError(f"text {place} has surrogates, which are no text", "texts") from error
-    room = longest - backend.num_special_tokens_to_add(False)
-    truncated = len(found.ids) > room
-    found.truncate(room)
-    return list(backend.post_process(found).ids), truncated
+        try:
+            text.encode()
+        except UnicodeError as error:
+            raise RequestError(f"text {place} has surrogates, which are no text", "texts") from error
+    return list(batch)
 
 
 def output_of(request: EmbedRequest, event: EmbedEvent) -> EmbeddingOutput | BaseException:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, TypeVar, overload
 from octavo.client import Client, Message, Prompt
 from octavo.console import batch_progress
 from octavo.decode.assemble import Assembler
-from octavo.engine.embed_request import EmbedEvent
+from octavo.engine.embed_request import EmbedEvent, EmbedRequest
 from octavo.engine.request import TokenEvent
 from octavo.engine.service import EngineService
 from octavo.errors import RequestError
@@ -165,12 +165,15 @@ class LLM(Client):
         from octavo.embedding import embed_requests, output_of
 
         events: queue.SimpleQueue[tuple[int, EmbedEvent]] = queue.SimpleQueue()
-        requests = embed_requests(self.engine, texts, prompt_name, lambda place, event: events.put((place, event)))
+        groups = embed_requests(self.engine, texts, prompt_name, lambda place, event: events.put((place, event)))
         service = self.engine.service
+        requests: list[EmbedRequest] = []
         found: dict[int, EmbeddingOutput | BaseException] = {}
         try:
-            for request in requests:
-                service.submit(request, wait=True)
+            for group in groups:
+                requests += group
+                for request in group:
+                    service.submit(request, wait=True)
             while len(found) < len(requests):
                 place, event = events.get()
                 found[place] = output_of(requests[place], event)

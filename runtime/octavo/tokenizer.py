@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    from octavo.models.encoder_config import EncoderConfig
+
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TEMPLATE_BYTES = 4 << 20
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
@@ -209,7 +211,7 @@ class Tokenizer:
 
     # -- the model and other libraries -------------------------------------------------------------------------------
 
-    def check_against(self, config: ModelConfig) -> None:
+    def check_against(self, config: ModelConfig | EncoderConfig) -> None:
         """Raise `ModelFileError` when a token has no row in the model's embedding of `config.vocab_size` rows."""
         largest = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest >= config.vocab_size:

@@ -36,10 +36,10 @@ class TestIntegration(EmbeddingsIntegrationTests):
 
 def test_constructing_loads_nothing_and_equal_ones_share() -> None:
     one, two = OctavoEmbeddings(), OctavoEmbeddings(document_prompt_name=None)
-    assert not one._shared.started
+    assert not one._shared().started
     assert one.embed_query("a") == two.embed_query("a")
-    assert one._shared.llm is two._shared.llm
-    config = one._shared.config
+    assert one._shared().llm is two._shared().llm
+    config = one._shared().config
     one.close()
     assert config in registry._engines
     two.close()
@@ -48,9 +48,9 @@ def test_constructing_loads_nothing_and_equal_ones_share() -> None:
 
 async def test_concurrent_queries_share_batches() -> None:
     embeddings = OctavoEmbeddings()
-    before = embeddings._shared.llm.stats().steps
+    before = embeddings._shared().llm.stats().steps
     await asyncio.gather(*(embeddings.aembed_query(f"query {n}") for n in range(30)))
-    stats = embeddings._shared.llm.stats()
+    stats = embeddings._shared().llm.stats()
     assert stats.steps - before < 20
     assert stats.largest_batch > 4
     embeddings.close()
@@ -72,4 +72,4 @@ def test_no_secret_is_shown_and_unknown_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="dtyp"):
         OctavoEmbeddings(engine_kwargs={"dtyp": "float32"})
     with pytest.raises(ValueError, match="modle"):
-        OctavoEmbeddings(modle="x")  # type: ignore[call-arg]
+        OctavoEmbeddings(modle="x")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from octavo import LLM, AsyncLLM, ConfigError, EngineClosedError, RequestError, UnsupportedModelError
+from octavo import (
+    LLM,
+    AsyncLLM,
+    ConfigError,
+    EngineClosedError,
+    QueueFullError,
+    RequestError,
+    RequestFailedError,
+    UnsupportedModelError,
+)
+from octavo.embedding import embed_requests
 from octavo.engine import registry
+from octavo.engine.embed_core import BatchLimits, EmbedCore
+from octavo.engine.embed_request import EmbedEvent, EmbedRequest
 from octavo.models.sources import EMBEDDING_MODEL, resolve
 from tiny_models import save_tokenizer
 
@@ -191,3 +204,101 @@ def test_what_is_not_implemented_is_named(tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text(json.dumps([*modules, dense]))
     with pytest.raises(UnsupportedModelError, match="Dense"):
         LLM(str(tmp_path))
+
+
+def test_a_caller_that_is_gone_harms_nobody(llm: LLM) -> None:
+    """Its event loop was closed while its text waited: nobody can be told, and the engine serves the others."""
+    loop = asyncio.new_event_loop()
+    loop.close()
+
+    def sink(place: int, event: EmbedEvent) -> None:
+        loop.call_soon_threadsafe(print)
+
+    (group,) = embed_requests(llm.engine, ["gone", "gone too"], None, sink)
+    for request in group:
+        llm.engine.service.submit(request)
+    assert len(llm.embed("still here")[0].embedding) == 384
+
+
+async def test_a_long_list_leaves_the_loop_and_the_queue_alone() -> None:
+    """More texts than may wait: they come as there is room, and other tasks have their turn meanwhile."""
+    async with await AsyncLLM.create(EMBEDDING_MODEL, max_queued_requests=8) as llm:
+        turns = 0
+        most = 0
+
+        async def others() -> None:
+            nonlocal turns, most
+            while True:
+                turns += 1
+                most = max(most, llm.engine.service._backlog())
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(others())
+        outputs = await llm.embed([f"text {n}" for n in range(200)])
+        task.cancel()
+    assert len(outputs) == 200
+    assert 0 < most <= 8
+    assert turns >= 200 // 32
+
+
+def test_a_full_queue_refuses_those_who_do_not_wait() -> None:
+    with LLM(EMBEDDING_MODEL, max_queued_requests=2) as small:
+        assert len(small.embed(["a"] * 30)) == 30
+        entered, leave = threading.Event(), threading.Event()
+
+        def hold(core: Any) -> None:
+            entered.set()
+            assert leave.wait(60)
+
+        holder = threading.Thread(target=small.engine.service.call, args=[hold])
+        holder.start()
+        assert entered.wait(60)
+        (group,) = embed_requests(small.engine, ["a", "b", "c"], None, lambda place, event: None)
+        for request in group[:2]:
+            small.engine.service.submit(request)
+        with pytest.raises(QueueFullError):
+            small.engine.service.submit(group[2])
+        leave.set()
+        holder.join()
+
+
+def test_one_that_waits_longest_is_in_the_next_batch() -> None:
+    """Texts of like length go together; the oldest never waits for a better company."""
+    seen: list[list[int]] = []
+
+    class Recorder:
+        def encode(self, texts: Any) -> list[Any]:
+            seen.append([len(text) for text in texts])
+            return [None] * len(texts)
+
+    core = EmbedCore(Recorder(), BatchLimits(tokens=40, texts=4))
+    for number, length in enumerate([7, 10, 1, 2, 2, 50, 9, 2]):
+        core.add(EmbedRequest(str(number), [5] * length, lambda event: None))
+    while not core.idle:
+        core.step()
+    assert seen[0][:3] == [10, 9, 7]
+    assert [50] in seen
+    assert sorted(length for batch in seen for length in batch) == [1, 2, 2, 2, 7, 9, 10, 50]
+    assert all(len(batch) <= 4 and (len(batch) == 1 or len(batch) * max(batch) <= 40) for batch in seen)
+
+
+def test_generating_doors_say_what_to_use(llm: LLM) -> None:
+    for call in (lambda: llm.generate("word " * 400), lambda: llm.chat([{"role": "user", "content": "Hi"}])):
+        with pytest.raises(RequestError, match=r"use embed\(\)"):
+            call()
+
+
+def test_what_is_not_finite_fails_alone(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = resolve(EMBEDDING_MODEL).path
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    weights = load_file(source / "model.safetensors")
+    with LLM(EMBEDDING_MODEL) as whole:
+        poison = whole.embed("poison")[0].prompt_token_ids[1]
+    weights["embeddings.word_embeddings.weight"][poison] = float("nan")
+    save_file(weights, tmp_path / "model.safetensors")
+    with LLM(str(tmp_path)) as llm:
+        outputs: list[Any] = llm.embed(["one", "poison", "two"], return_exceptions=True)
+        assert isinstance(outputs[1], RequestFailedError)
+        assert np.isfinite(vectors([outputs[0], outputs[2]])).all()

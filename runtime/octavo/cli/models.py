@@ -6,13 +6,16 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from octavo.cli.options import Debug, Json, Revision, UsageProblem, paragraphs
 from octavo.cli.screen import console, size
 from octavo.errors import DownloadError, ModelNotFoundError
+
+if TYPE_CHECKING:
+    from octavo.models.sources import ModelFiles
 
 ABOUT = """
 List, fetch, show and remove models. Without a command: list.
@@ -130,7 +133,7 @@ def remove(
 def _facts(model: str, revision: str | None) -> dict[str, Any]:
     """Everything `show` prints, without a network and without the weights' content."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # this process only looks
-    from octavo.models.config import load_config
+    from octavo.models.encoder_config import is_encoder
     from octavo.models.sources import resolve
 
     if not model.strip():
@@ -140,16 +143,24 @@ def _facts(model: str, revision: str | None) -> dict[str, Any]:
     except DownloadError as error:
         message = f"{model!r} is not on this machine: `octavo models pull {model}` fetches it"
         raise ModelNotFoundError(message) from error
-    config = load_config(files)
-    from octavo.execute.packing import weight_count
-    from octavo.models.registry import NATIVE
-
+    described = _encoder_facts(files) if is_encoder(files) else _generator_facts(files)
     return {
         "name": files.name,
         "source": files.source,
         "path": str(files.path),
         "format": files.format,
         "bytes": _bytes(files.path),
+        **described,
+    }
+
+
+def _generator_facts(files: ModelFiles) -> dict[str, Any]:
+    from octavo.execute.packing import weight_count
+    from octavo.models.config import load_config
+    from octavo.models.registry import NATIVE
+
+    config = load_config(files)
+    return {
         "architecture": config.architecture,
         "supported": config.architecture in NATIVE,
         "parameters": weight_count(config),
@@ -160,6 +171,26 @@ def _facts(model: str, revision: str | None) -> dict[str, Any]:
         "vocabulary": config.vocab_size,
         "longest_text": config.max_position,
         "kv_bytes_per_token": 4 * config.num_layers * config.num_kv_heads * config.head_dim,
+    }
+
+
+def _encoder_facts(files: ModelFiles) -> dict[str, Any]:
+    from octavo.models.encoder_config import load_encoder_config
+
+    config = load_encoder_config(files)
+    return {
+        "architecture": config.architecture,
+        "supported": True,
+        "makes": "embeddings",
+        "parameters": config.parameters,
+        "layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "heads": config.num_heads,
+        "vocabulary": config.vocab_size,
+        "longest_text": config.max_seq_length,
+        "dimension": config.dimension,
+        "pooling": ", ".join(config.pooling),
+        "normalized": config.normalize,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,7 +44,8 @@ class EmbedRequest:
         if not self.finished:
             self.finished = True
             self.metrics.first_token_time = time.monotonic() - self.metrics.arrival
-            self.sink(event)
+            with suppress(Exception):  # the caller is gone (a closed event loop): nobody waits for it
+                self.sink(event)
 
     def fail(self, error: BaseException) -> None:
         self.end(EmbedEvent(error=error))

@@ -17,7 +17,7 @@ from octavo.config import EngineConfig
 from octavo.decode.grammar import Grammars
 from octavo.engine.core import EngineCore
 from octavo.engine.service import EngineService
-from octavo.errors import ModelFileError, RequestError
+from octavo.errors import RequestError
 from octavo.host_memory import collector_paused, memory_goes_back
 from octavo.models.config import ModelConfig, load_config
 from octavo.models.encoder_config import EncoderConfig, is_encoder, load_encoder_config
@@ -64,6 +64,10 @@ class Engine:
         if isinstance(self.shape, EncoderConfig):
             raise RequestError(f"{self.config.model} makes embeddings, no text: use embed()", "model")
         return self.shape
+
+    def check_generates(self) -> None:
+        """Raises `RequestError` for a model that makes no text."""
+        _ = self.model_config
 
     @property
     def encoder(self) -> EncoderConfig:
@@ -165,13 +169,12 @@ def _start(config: EngineConfig, progress: Progress | None) -> Engine:
 
 def _start_encoder(config: EngineConfig, files: ModelFiles, progress: Progress | None, began: float) -> Engine:
     from octavo.execute.encoder import build_encoder, resolve_encoder
+    from octavo.models.encoder_tokenizer import load_encoder_tokenizer
 
     shape = load_encoder_config(files)
-    tokenizer = load_tokenizer(files, trust_remote_code=config.trust_remote_code)
-    if max(tokenizer.backend.get_vocab().values(), default=-1) >= shape.vocab_size:
-        message = f"the tokenizer has more tokens than the {shape.vocab_size} of the model's vocabulary"
-        raise ModelFileError(message, tokenizer.place, "vocab_size")
     resolved = resolve_encoder(config, shape)
+    trusted = config.trust_remote_code
+    tokenizer = load_encoder_tokenizer(files, shape, resolved.max_seq_length, trust_remote_code=trusted)
     service = EngineService(
         lambda: build_encoder(config, files, shape, resolved, progress), max_queued_requests=config.max_queued_requests
     )
@@ -179,7 +182,7 @@ def _start_encoder(config: EngineConfig, files: ModelFiles, progress: Progress |
     dtype = str(resolved.dtype).removeprefix("torch.")
     limits = Limits(
         resolved.max_seq_length, shape.vocab_size, str(resolved.device), dtype, 0, 0, resolved.limits.texts, False,
-        dtype, 0, dtype,
+        dtype, shape.parameters * resolved.dtype.itemsize, dtype,
     )  # fmt: skip
     grammars = Grammars(tokenizer, shape.vocab_size, ())
     return Engine(config, files, shape, tokenizer, service, limits, grammars, time.monotonic() - began)

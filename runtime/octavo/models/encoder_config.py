@@ -87,6 +87,13 @@ class EncoderConfig:
         """Numbers of an embedding."""
         return self.hidden_size * len(self.pooling)
 
+    @property
+    def parameters(self) -> int:
+        """Numbers of all weights that an engine keeps."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        tables = (self.vocab_size + self.max_position + 2) * hidden + self.relative_buckets * self.num_heads
+        return tables + self.num_layers * (4 * hidden * (hidden + 1) + 2 * hidden * inner + inner + 5 * hidden)
+
 
 def is_encoder(files: ModelFiles) -> bool:
     """Whether a resolved model makes embeddings: by its type, or because sentence-transformers saved it."""

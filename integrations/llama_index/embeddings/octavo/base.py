@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr, SecretStr
@@ -55,6 +55,13 @@ class OctavoEmbedding(BaseEmbedding):
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         engine = await self._shared.start()
         return [output.embedding for output in await engine.embed(texts, prompt_name=self.text_prompt_name)]
+
+    def __copy__(self) -> Self:
+        """A user of the engine in its own right: closing one does not close the other."""
+        return type(self)(**{name: getattr(self, name) for name in self.model_fields_set})
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        return self.__copy__()
 
     def close(self) -> None:
         """Let go of the engine; the last object's `close` gives back its memory. Safe to call twice."""
