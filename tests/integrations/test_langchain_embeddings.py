@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import pytest
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_octavo import OctavoEmbeddings
 from langchain_tests.integration_tests import EmbeddingsIntegrationTests
 from langchain_tests.unit_tests import EmbeddingsUnitTests
-from octavo import ConfigError
+from octavo import ConfigError, EngineClosedError
 from octavo.engine import registry
 from octavo.models.sources import EMBEDDING_MODEL
 
@@ -35,6 +36,7 @@ class TestIntegration(EmbeddingsIntegrationTests):
 
 
 def test_constructing_loads_nothing_and_equal_ones_share() -> None:
+    gc.collect()  # those of the tests above
     one, two = OctavoEmbeddings(), OctavoEmbeddings(document_prompt_name=None)
     assert not one._shared().started
     assert one.embed_query("a") == two.embed_query("a")
@@ -64,6 +66,20 @@ def test_a_vector_store_finds_what_is_meant() -> None:
     (found,) = store.similarity_search("Which animal makes a pleased sound?", k=1)
     assert found.page_content.startswith("Cats")
     embeddings.close()
+
+
+def test_settings_by_name_and_copies_are_users_of_their_own() -> None:
+    named = OctavoEmbeddings(dtype="bfloat16", max_model_len=32)
+    assert named.engine_kwargs == {"dtype": "bfloat16", "max_model_len": 32}
+    copied = named.model_copy(update={"query_prompt_name": None})
+    vector = named.embed_query("a")
+    assert copied.embed_query("a") == vector
+    named.close()
+    assert copied.embed_query("a") == vector
+    assert copied.stats().steps == 3
+    copied.close()
+    with pytest.raises(EngineClosedError):
+        copied.embed_query("a")
 
 
 def test_no_secret_is_shown_and_unknown_settings_are_refused() -> None:

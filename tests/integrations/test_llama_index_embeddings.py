@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -48,6 +49,13 @@ def test_serialisation_and_sharing(embedding: OctavoEmbedding) -> None:
     again.close()
     secret.close()
     assert embedding._shared.config in registry._engines
+
+
+def test_a_copy_is_a_user_of_its_own(embedding: OctavoEmbedding) -> None:
+    copied = copy.deepcopy(embedding)
+    assert copied.to_dict() == embedding.to_dict()
+    copied.close()
+    assert len(embedding.get_query_embedding("a")) == 384
 
 
 def test_an_index_finds_what_is_meant(embedding: OctavoEmbedding) -> None:
