@@ -242,3 +242,19 @@ def _no_thread_is_left() -> Iterator[None]:
     before = threading.active_count()
     yield
     assert threading.active_count() == before
+
+
+def test_the_first_model_that_is_dropped_lets_go_at_once(tiny_model: Path) -> None:
+    """The one that imports torch, without the collector's help: a load cell that is run twice drops it."""
+    code = f"""
+import gc, sys
+gc.disable()
+from octavo import LLM
+assert "torch" not in sys.modules
+llm = LLM({str(tiny_model)!r})
+engine = llm.engine
+del llm
+print(engine.users, engine.service.closed)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == ["0", "True"], done.stderr

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 
 from octavo.config import EngineConfig
 from octavo.decode.grammar import Grammars
@@ -126,6 +128,14 @@ def acquire(config: EngineConfig, progress: Progress | None = None) -> Engine:
         return engine
 
 
+def _import_torch() -> None:
+    """On a thread of its own: importing it leaves frames in a cycle (`torch.fx.wrap` does), and with them everything
+    that called. An `LLM` that was dropped would stay a user of its engine until the collector runs."""
+    if "torch" not in sys.modules:
+        with ThreadPoolExecutor(1) as apart:
+            apart.submit(import_module, "torch").result()
+
+
 def _start(config: EngineConfig, progress: Progress | None) -> Engine:
     began = time.monotonic()
     files = resolve(
@@ -137,6 +147,7 @@ def _start(config: EngineConfig, progress: Progress | None) -> Engine:
     model_config = load_config(files)
     with ThreadPoolExecutor(1) as background:  # the tokenizer loads while torch is imported and the weights are read
         tokenizer = background.submit(load_tokenizer, files, trust_remote_code=config.trust_remote_code)
+        _import_torch()
         from octavo.execute.build import build_core, resolve_settings
         from octavo.execute.packing import held_weights
 
@@ -168,6 +179,7 @@ def _start(config: EngineConfig, progress: Progress | None) -> Engine:
 
 
 def _start_encoder(config: EngineConfig, files: ModelFiles, progress: Progress | None, began: float) -> Engine:
+    _import_torch()
     from octavo.execute.encoder import build_encoder, resolve_encoder
     from octavo.models.encoder_tokenizer import load_encoder_tokenizer
 
