@@ -14,7 +14,6 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk
 from octavo.chat import ChatParser, Delta, ReasoningDelta, TextDelta, ToolCallDelta
 from octavo.outputs import CompletionOutput, RequestMetrics, StreamPiece
 from octavo.tokenizer import Tokenizer
-
 from pydantic import BaseModel
 
 from langchain_octavo.results import answer_info, logprobs, usage
