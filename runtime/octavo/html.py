@@ -1,4 +1,4 @@
-"""Outputs and engine statistics as HTML, for notebooks. Called by `_repr_html_` of `outputs` and `engine.service`.
+"""Outputs and engine statistics as HTML, for notebooks. Called by `_repr_html_` of `outputs` and `engine.contract`.
 
 No style sheet and no script: colours that are readable on white and on black, and inherit where they can. Whatever a
 model or a user wrote is escaped, and stands in `<pre>`, where notebooks do not look for formulas between dollar signs.
@@ -10,7 +10,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from octavo.engine.service import EngineStats
+    from octavo.engine.contract import EngineStats
     from octavo.outputs import CompletionOutput, RequestMetrics, RequestOutput
 
 LONGEST_PROMPT = 400
@@ -36,13 +36,18 @@ def completion_html(output: CompletionOutput) -> str:
 
 def stats_html(stats: EngineStats) -> str:
     """A box: who holds the blocks of the KV cache, as a bar; sequences; counts since the engine started."""
+    facts = [f"{stats.running} running", f"{stats.waiting} waiting", _count(stats.steps, "step")]
+    facts += [f"largest batch {stats.largest_batch}", _count(stats.preemptions, "preemption")]
+    return _box(_blocks(stats) if stats.blocks_total else "", _line(facts))
+
+
+def _blocks(stats: EngineStats) -> str:
     shares = (
         ("used", stats.blocks_used, USED), ("cached", stats.blocks_cached, CACHED), ("free", stats.blocks_free, FREE),
     )  # fmt: skip
-    total = max(stats.blocks_total, 1)
     bar = "".join(
-        f'<div style="width:{100 * blocks / total:.2f}%;background:{colour}" title="{blocks} {name}"></div>'
-        for name, blocks, colour in shares
+        f'<div style="width:{100 * blocks / stats.blocks_total:.2f}%;background:{colour}"></div>'
+        for _, blocks, colour in shares
     )
     legend = " &nbsp; ".join(
         f'<span style="display:inline-block;width:.7em;height:.7em;border-radius:2px;background:{colour}"></span> '
@@ -50,16 +55,12 @@ def stats_html(stats: EngineStats) -> str:
         for name, blocks, colour in shares
     )
     label = ", ".join(f"{blocks} {name}" for name, blocks, _ in shares)
-    return _box(
-        f"<div>KV cache: {_count(stats.blocks_total, 'block')}</div>",
+    return (
+        f"<div>KV cache: {_count(stats.blocks_total, 'block')}</div>"
         f'<div role="img" aria-label="{label}" style="display:flex;height:.9em;border-radius:3px;overflow:hidden;'
-        f'margin:.3em 0">{bar}</div>',
-        f'<div style="{_SMALL}">{legend}</div>',
-        _line([
-            f"{stats.running} running", f"{stats.waiting} waiting", _count(stats.steps, "step"),
-            f"largest batch {stats.largest_batch}", _count(stats.preemptions, "preemption"),
-        ]),
-    )  # fmt: skip
+        f'margin:.3em 0">{bar}</div>'
+        f'<div style="{_SMALL}">{legend}</div>'
+    )
 
 
 def _completion(output: CompletionOutput) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from octavo import LLM, CompletionOutput, RequestMetrics, RequestOutput, SamplingParams
-from octavo.engine.service import EngineStats
+from octavo.engine.contract import EngineStats
 from octavo.html import LONGEST_PROMPT
 
 HOSTILE = '<script>alert(1)</script> <img src=x onerror="alert(2)"> </pre></div> &lt; $x$ \'"\n  two'
@@ -30,7 +30,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert tag in self.text, f"<{tag}> has no place here"
-        assert {name for name, _ in attrs} <= {"style", "title", "role", "aria-label"}
+        assert {name for name, _ in attrs} <= {"style", "role", "aria-label"}
         self.styles += [value for name, value in attrs if name == "style" and value]
         self.open.append(tag)
 
@@ -101,7 +101,12 @@ def test_the_bar_of_an_engine_is_as_wide_as_its_blocks() -> None:
     for fact in ("200 blocks", "50 used", "30 cached", "120 free", "3 running", "2 waiting", "1000 steps",
                  "largest batch 17", "4 preemptions"):  # fmt: skip
         assert fact in page.all, fact
-    Page(EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0)._repr_html_())  # nothing is divided by
+
+
+def test_an_engine_without_blocks_has_no_bar() -> None:
+    page = Page(EngineStats(1, 0, 0, 0, 0, 0, 0, 5, 2)._repr_html_())
+    assert "KV cache" not in page.all
+    assert "5 steps" in page.all
 
 
 def test_no_colour_of_text_is_fixed() -> None:
@@ -115,7 +120,7 @@ def test_a_real_engine_shows_itself(tiny_model: Path) -> None:
     with LLM(str(tiny_model)) as llm:
         output = llm.generate("Hello", SamplingParams(n=2, max_tokens=3, ignore_eos=True, logprobs=1))[0]
         page = Page(output._repr_html_())
-        assert page.all.count("3 tokens") == 2
+        assert page.all.count("· 3 tokens ·") == 2
         assert "log-probability -" in page.all
         stats = llm.stats()
         assert f"{stats.blocks_total} blocks" in Page(stats._repr_html_()).all
