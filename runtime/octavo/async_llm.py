@@ -4,6 +4,8 @@ engine."""
 from __future__ import annotations
 
 import asyncio
+import weakref
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Self
@@ -12,7 +14,7 @@ from octavo.client import Client, Message, Prompt
 from octavo.decode.assemble import Assembler
 from octavo.engine.contract import Work
 from octavo.engine.embed_request import EmbedEvent, EmbedRequest
-from octavo.engine.request import Request, TokenEvent
+from octavo.engine.request import Request, Sink, TokenEvent
 from octavo.engine.service import EngineService
 from octavo.errors import QueueFullError, RequestError
 from octavo.llm import Params, _as_batch, _each, conversations, settled
@@ -80,6 +82,80 @@ class AsyncTokenStream:
         self.close()
 
 
+class _Whole:
+    """One request whose output is wanted as a whole: nobody is woken for its pieces."""
+
+    def __init__(self, make: Callable[[Sink], Assembler], service: EngineService) -> None:
+        """`make` makes the request, with the sink that it is given."""
+        self._service = service
+        self._assembler = make(self.push)
+        self.output: asyncio.Future[RequestOutput] = asyncio.get_running_loop().create_future()
+
+    @property
+    def request(self) -> Request:
+        return self._assembler.request
+
+    def push(self, event: TokenEvent) -> None:
+        """Take in one event, on the event loop."""
+        assembler = self._assembler
+        if self.output.done():
+            return
+        try:
+            assembler.push(event)
+        except Exception as error:
+            self._service.abort(self.request)
+            self.output.set_exception(error)
+            return
+        if assembler.error is not None:
+            self.output.set_exception(assembler.error)
+        elif assembler.done:
+            self.output.set_result(assembler.output())
+
+    def close(self) -> None:
+        """End it if it still runs."""
+        if not self._assembler.done:
+            self._service.abort(self.request)
+        self.output.cancel()
+
+
+class _Post:
+    """Hands events of the engine's thread over to one event loop: all that a step brings in one go, as waking a loop
+    costs more than the rest."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._waiting: deque[tuple[Callable[[TokenEvent], None], TokenEvent]] = deque()
+        self._on_the_way = False
+
+    def put(self, take: Callable[[TokenEvent], None], event: TokenEvent) -> None:
+        """Call `take(event)` soon on the loop; `take` must not raise. Any thread."""
+        loop = self._loop()
+        if loop is None or loop.is_closed():
+            raise RuntimeError("the event loop was closed")
+        self._waiting.append((take, event))
+        if not self._on_the_way:
+            self._on_the_way = True  # before it is: it may arrive at once
+            loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._on_the_way = False  # first: what is put from here on may come too late for this round
+        while self._waiting:
+            take, event = self._waiting.popleft()
+            take(event)
+
+    def sink(self, take: Callable[[TokenEvent], None]) -> Sink:
+        return lambda event: self.put(take, event)
+
+
+_posts: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Post] = weakref.WeakKeyDictionary()
+
+
+def _post() -> _Post:
+    """That of the running loop."""
+    loop = asyncio.get_running_loop()
+    return _posts.setdefault(loop, _Post(loop))
+
+
 class AsyncLLM(Client):
     """Like `LLM`, for asyncio. The constructor loads the model and blocks meanwhile; `await AsyncLLM.create(...)` does
     not."""
@@ -101,6 +177,7 @@ class AsyncLLM(Client):
         """`stream` for whoever would rather wait while the queue is full. With `best_of` above `n` the pieces are of
         all outputs; the stream's `output` has the best."""
         stream = self._prepare(prompt, sampling_params, priority, True)
+        await self._compile([stream._assembler.request])
         try:
             await _submit(stream._service, stream._assembler.request)
         except BaseException:
@@ -189,16 +266,18 @@ class AsyncLLM(Client):
         return stream
 
     def _prepare(self, prompt: Prompt, params: SamplingParams | None, priority: int, special: bool) -> AsyncTokenStream:
-        loop = asyncio.get_running_loop()
         events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        assembler = self._make(prompt, params, priority, special, events.put_nowait)
+        return AsyncTokenStream(assembler, events, self.engine.service)
 
-        def sink(event: TokenEvent) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
+    def _make(
+        self, prompt: Prompt, params: SamplingParams | None, priority: int, special: bool, take: Sink
+    ) -> Assembler:
+        """A request whose events `take` is called with on the event loop. It may lack its grammar."""
         form = getattr(params, "structured_outputs", None)
         known = form is None or self.engine.grammars.known(form)
-        assembler = self.make_request(prompt, params, sink, priority=priority, special=special, constrain=known)
-        return AsyncTokenStream(assembler, events, self.engine.service)
+        sink = _post().sink(take)
+        return self.make_request(prompt, params, sink, priority=priority, special=special, constrain=known)
 
     async def _compile(self, requests: Sequence[Request]) -> None:
         """Give those their grammars that lack them: compiled in a thread, which leaves the interpreter to others."""
@@ -212,26 +291,20 @@ class AsyncLLM(Client):
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | None], priority: int, return_exceptions:
         bool, *, special: bool = True,
     ) -> list[RequestOutput]:  # fmt: skip
-        streams = [self._prepare(p, q, priority, special) for p, q in zip(prompts, params, strict=True)]
+        service = self.engine.service
 
-        async def finish(stream: AsyncTokenStream) -> RequestOutput:
-            async for _ in stream:
-                pass
-            return stream.output
+        def whole(prompt: Prompt, parameters: SamplingParams | None) -> _Whole:
+            return _Whole(lambda take: self._make(prompt, parameters, priority, special, take), service)
 
-        tasks: list[asyncio.Task[RequestOutput]] = []
-        await self._compile([stream._assembler.request for stream in streams])
+        waiting = [whole(p, q) for p, q in zip(prompts, params, strict=True)]
         try:
-            for stream in streams:
-                await _submit(stream._service, stream._assembler.request)
-                tasks.append(asyncio.create_task(finish(stream)))
-            results = await asyncio.gather(*tasks, return_exceptions=True)
+            await self._compile([one.request for one in waiting])
+            for one in waiting:
+                await _submit(service, one.request)
+            results = await asyncio.gather(*(one.output for one in waiting), return_exceptions=True)
         except BaseException:
-            for stream in streams:
-                stream.close()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for one in waiting:
+                one.close()
             raise
         return settled(results, return_exceptions)
 

@@ -283,6 +283,16 @@ def test_include_raw(chat: ChatOctavo, method: Any, strict: bool | None) -> None
     assert Size.model_validate(said) == found["parsed"]
 
 
+async def test_a_form_that_is_new_is_kept_from_the_first_token(chat: ChatOctavo) -> None:
+    """It is compiled beside the event loop, and nothing is said before it is known."""
+    async for chunk in chat.astream("Say.", structured_outputs=StructuredOutputsParams(regex="7x[ab]{3}")):
+        assert set(chunk.text) <= set("7xab")
+    stream = await chat.astream_events(
+        "Say.", version="v3", structured_outputs=StructuredOutputsParams(regex="8x[ab]{3}")
+    )
+    assert re.fullmatch("8x[ab]{3}", str(await stream.text))
+
+
 def test_any_json_object(chat: ChatOctavo) -> None:
     assert isinstance(chat.with_structured_output(method="json_mode").invoke("Give me JSON."), dict)
 
