@@ -62,32 +62,6 @@ def name_of(schema: Any) -> str:
     return str(json_schema(schema).get("title") or "answer")
 
 
-def closed(schema: Any) -> Any:
-    """`schema` with "additionalProperties": false for every object that names its properties and says nothing of
-    others: a small model would make some up. Parts of an `allOf` stay as they are, as each knows some keys only."""
-    if isinstance(schema, list):
-        return [closed(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in _MAPS and isinstance(value, dict):
-            found[key] = {name: closed(item) for name, item in value.items()}
-        elif key in _PARTS:
-            found[key] = closed(value)
-        else:
-            found[key] = value
-    named = isinstance(found.get("properties"), dict)
-    if named and not set(found) & {"additionalProperties", "patternProperties", "unevaluatedProperties", *_TOGETHER}:
-        found["additionalProperties"] = False
-    return found
-
-
-_MAPS = ("properties", "$defs", "definitions", "patternProperties")
-_PARTS = ("items", "prefixItems", "anyOf", "oneOf", "additionalProperties")
-_TOGETHER = ("allOf", "anyOf", "oneOf", "$ref")
-
-
 def is_recursive(schema: dict[str, Any]) -> bool:
     """Whether a definition refers to itself, by whatever way round."""
     parts = {**schema.get("definitions", {}), **schema.get("$defs", {})}

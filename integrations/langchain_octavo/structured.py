@@ -11,9 +11,10 @@ from langchain_core.output_parsers.base import OutputParserLike
 from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.utils.function_calling import convert_to_json_schema
+from octavo.chat import closed
 from octavo.errors import RequestError
 
-from langchain_octavo.schemas import closed, is_pydantic, json_schema, name_of
+from langchain_octavo.schemas import is_pydantic, json_schema, name_of
 
 if TYPE_CHECKING:
     from langchain_octavo.chat_models import ChatOctavo

@@ -7,10 +7,11 @@ from typing import Any
 
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
+from octavo.chat import closed
 from octavo.errors import RequestError
 from pydantic import BaseModel
 
-from langchain_octavo.schemas import closed, is_recursive
+from langchain_octavo.schemas import is_recursive
 
 Tool = dict[str, Any] | type | Callable[..., Any] | BaseTool
 

@@ -39,10 +39,10 @@ class AsyncTokenStream:
     async def __anext__(self) -> StreamPiece:
         assembler = self._assembler
         self._service.check_process()
-        if self._begin is not None:
-            begin, self._begin = self._begin, None
-            await begin()
         try:
+            if self._begin is not None:
+                await self._begin()
+                self._begin = None
             while not assembler.done:
                 piece = assembler.push(await self._events.get())
                 if piece is not None:
@@ -260,7 +260,8 @@ class AsyncLLM(Client):
 
         async def begin() -> None:
             await self._compile([request])
-            service.submit(request)
+            if stream._begin is not None:  # it was not closed meanwhile
+                service.submit(request)
 
         stream._begin = begin
         return stream

@@ -17,7 +17,7 @@ MAX_BYTES = 1 << 20
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutputsParams:
     """Exactly one of the fields. Tokens that would lead out of the form are never made, and where the tokens left
-    become few, those that complete it are: so an output has the form whenever `max_tokens` has room for any that has.
+    become few, those that complete it are: so an output has the form, unless `max_tokens` leaves no room for it.
 
     Raises `RequestError` with field "structured_outputs". What the grammar engine does not support (a keyword of JSON
     Schema, look-ahead in a regular expression) is a `RequestError` too, before the first token.

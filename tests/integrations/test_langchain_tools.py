@@ -15,10 +15,11 @@ from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, Too
 from langchain_core.tools import tool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_octavo import ChatOctavo
-from langchain_octavo.schemas import closed, is_recursive, json_schema
+from langchain_octavo.schemas import is_recursive, json_schema
 from langchain_recorder import at_rest
 from langchain_tests.utils.stream_lifecycle import assert_valid_event_stream
 from octavo import StructuredOutputsParams
+from octavo.chat import closed
 from octavo.errors import RequestError
 from pydantic import BaseModel, Field
 

@@ -7,6 +7,7 @@ import asyncio
 import json
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def test_close_ends_what_waits_and_gives_the_engine_back() -> None:
     thread = threading.Thread(target=work)
     thread.start()
     while llm.stats().steps < 3:
-        pass
+        time.sleep(0.01)
     llm.close()
     thread.join(30)
     assert isinstance(errors[0], EngineClosedError)

@@ -279,8 +279,16 @@ async def test_compiling_does_not_hold_the_event_loop(default_model: Any, monkey
         assert [piece.finish_reason async for piece in stream] == ["abort"]
         with pytest.raises(RequestError):
             await llm.generate("Go: ", params(StructuredOutputsParams(regex="(?=x)")))
+        refused = llm.stream("Go: ", params(StructuredOutputsParams(regex="(?=y)")))
         with pytest.raises(RequestError):
-            async for _ in llm.stream("Go: ", params(StructuredOutputsParams(regex="(?=y)"))):
-                pass
+            await anext(refused)
+        assert [piece.finish_reason async for piece in refused] == ["abort"]  # who asks again does not wait for ever
+        cancelled = llm.stream("Go: ", params(StructuredOutputsParams(choice=["cancelled"])))
+        waiting = asyncio.create_task(anext(cancelled))
+        await asyncio.sleep(0.1)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert [piece.finish_reason async for piece in cancelled] == ["abort"]
         ticking.cancel()
         assert llm.stats().blocks_used == 0

@@ -95,8 +95,8 @@ def spelled_out(messages: Sequence[Mapping[str, Any]]) -> Messages:
 
 def tell_of_tools(messages: Messages, tools: Sequence[Mapping[str, Any]]) -> Messages:
     """The tools in the system message, and turns that show how they are called: a model which was never taught to call
-    tools does it by example only. (The default model of 135M parameters called none by instructions, with one example
-    or with the examples in the system message.)"""
+    tools does it by example only. (By hand: the default model of 135M parameters called none by instructions, with one
+    example, or with the examples in the system message.)"""
     if not tools:
         return messages
     described = [json.dumps(_described(tool["function"]), ensure_ascii=False) for tool in tools]

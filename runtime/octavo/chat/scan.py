@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 
 _PLAIN = re.compile(r'[^"{}\[\],\s]+|\s+|,+')
 _IN_STRING = re.compile(r'[^"\\]+')
@@ -24,16 +23,6 @@ class Source:
     def spaces(self) -> int:
         """Blanks at the beginning of what is left."""
         return len(self.text) - len(self.text.lstrip())
-
-
-def overlap(text: str, markers: Collection[str]) -> int:
-    """Length of the longest end of `text` that is a proper beginning of one of `markers`."""
-    longest = max(map(len, markers), default=1) - 1
-    for size in range(min(longest, len(text)), 0, -1):
-        end = text[-size:]
-        if any(marker.startswith(end) and len(marker) > size for marker in markers):
-            return size
-    return 0
 
 
 class JsonScanner:

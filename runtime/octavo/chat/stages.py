@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from octavo.chat.deltas import Delta, ParsedMessage, ReasoningDelta, TextDelta, ToolCall, ToolCallDelta
-from octavo.chat.scan import Source, overlap
+from octavo.chat.scan import Source
+from octavo.decode.stop import overlap
 
 
 class Output:

@@ -1,8 +1,8 @@
 """Grammars: from a request's `StructuredOutputsParams` to the tokens that may come next.
 
 `Grammars` belongs to an engine and compiles, on the caller's side; a `Grammar` is compiled and shared; each sequence
-walks through it by a `Constraint` of its own, on the engine's thread. The library is llguidance: measured beside
-xgrammar it compiles a schema in a millisecond, on demand, and needs nothing else installed (benchmarks/LOG.md).
+walks through it by a `Constraint` of its own, on the engine's thread. The library is llguidance: it compiles on
+demand, so no pattern takes seconds, and needs nothing else installed (benchmarks/LOG.md has it beside xgrammar).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Stop strings in a stream of text pieces. One `StopStrings` per output, on the caller's side."""
+"""Stop strings in a stream of text pieces. One `StopStrings` per output, on the caller's side. The chat parser holds
+its marks back by `overlap` too."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 class StopStrings:
@@ -24,7 +25,7 @@ class StopStrings:
             place, self.found = min(hits, key=lambda hit: (hit[0], -len(hit[1])))
             self._held = ""
             return text[: place + len(self.found)] if self.include else text[:place]
-        keep = max((_overlap(text, stop) for stop in self.stops), default=0)
+        keep = overlap(text, self.stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -34,9 +35,11 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `stop`."""
-    for size in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:size]):
+def overlap(text: str, markers: Collection[str]) -> int:
+    """Length of the longest end of `text` that is a proper beginning of one of `markers`."""
+    longest = max(map(len, markers), default=1) - 1
+    for size in range(min(longest, len(text)), 0, -1):
+        end = text[-size:]
+        if any(marker.startswith(end) and len(marker) > size for marker in markers):
             return size
     return 0

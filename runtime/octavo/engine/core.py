@@ -11,9 +11,10 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Protocol
 
 from octavo.engine.contract import EngineStats
+from octavo.engine.draft import Draft
 from octavo.engine.plan import Masks, StepPlan
 from octavo.engine.request import Request, TokenEvent
-from octavo.engine.scheduler import Draft, Scheduler
+from octavo.engine.scheduler import Scheduler
 from octavo.errors import RequestFailedError
 
 if TYPE_CHECKING:
@@ -44,9 +45,7 @@ class EngineCore:
         turns: AbstractContextManager[None] = nullcontext(),  # noqa: B008 (it has no state)
     ) -> None:  # fmt: skip
         self.scheduler, self.runner, self.depth, self._turns = scheduler, runner, depth, turns
-        self.steps = 0
-        self.largest_batch = 0
-        """Most sequences that one step advanced."""
+        self.steps = self.largest_batch = 0
         self._failures = 0
         self._under_way: deque[tuple[Draft, Launched]] = deque()
 
@@ -81,13 +80,11 @@ class EngineCore:
             self._commit_oldest()
 
     def _launch(self, draft: Draft) -> None:
+        failures = self._failures
         try:
             with self._turns:
                 launched = self.runner.launch(draft.plan(), lambda: self._masks(draft))
-        except _EarlierStepFailed:
-            self.scheduler.rollback(draft)
         except Exception as error:
-            failures = self._failures
             self._drain()
             if self._failures == failures:
                 self._blame(draft, error)

@@ -1,7 +1,7 @@
 """The engine of an embedding model: waiting texts of all callers become batches, one forward pass a step. Owned by the
 same thread as the engine that makes text (`service.py`). Knows no torch.
 
-A batch is padded to its longest text, so texts of like length go together, up to `max_batch_tokens` tokens with the
+A batch is padded to its longest text, so texts of like length go together, up to `BatchLimits.tokens` with the
 padding. The text that waits longest is in each batch, so none waits for ever.
 """
 
@@ -20,7 +20,7 @@ from octavo.engine.embed_request import EmbedEvent, EmbedRequest, Vector
 from octavo.errors import RequestFailedError
 
 WINDOW = 1024
-"""So many of the longest waiting texts are sorted by length for a step."""
+"""So many texts, those that came first, are sorted by length for a step."""
 
 
 class Encoder(Protocol):

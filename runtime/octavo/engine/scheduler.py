@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from octavo.engine.blocks import NULL_BLOCK, BlockPool
 from octavo.engine.coming import ComingBlocks
-from octavo.engine.plan import NewRow, RowStep, StepPlan
+from octavo.engine.draft import Draft
+from octavo.engine.plan import NewRow, RowStep
 from octavo.engine.request import Request, Sequence, TokenEvent
 
 if TYPE_CHECKING:
@@ -27,34 +27,6 @@ if TYPE_CHECKING:
 
 def _order(sequence: Sequence) -> tuple[int, int, int]:
     return sequence.order
-
-
-@dataclass(slots=True)
-class Draft:
-    """A step under construction, and afterwards the record of what was launched."""
-
-    parts: list[tuple[Sequence, int, RowStep]] = field(default_factory=list)
-    """(sequence, its epoch, its step)."""
-    new_rows: list[NewRow] = field(default_factory=list)
-    new_blocks: dict[tuple[int, int], int] = field(default_factory=dict)
-    """(row, index in its block table) -> block. A fork's shared block and the copy it writes to have the same place:
-    one entry, because a device applies several in any order."""
-    copies: dict[int, int] = field(default_factory=dict)
-    """Destination block -> source block."""
-    preempted: bool = False
-    shared_blocks: int = 0
-
-    def plan(self) -> StepPlan:
-        copies = [(source, destination) for destination, source in self.copies.items()]
-        new_blocks = [(row, index, block) for (row, index), block in self.new_blocks.items()]
-        steps = [step for _, _, step in self.parts]
-        return StepPlan(steps, self.new_rows, new_blocks, copies, self.shared_blocks, self.masked())
-
-    def masked(self) -> tuple[int, ...]:
-        """Places in `parts` that sample under a grammar."""
-        return tuple(
-            place for place, (sequence, _, step) in enumerate(self.parts) if step.samples and sequence.constraint
-        )
 
 
 class Scheduler:

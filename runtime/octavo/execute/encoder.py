@@ -56,7 +56,7 @@ def resolve_encoder(config: EngineConfig, model: EncoderConfig) -> ResolvedEncod
         raise ConfigError(message, "max_model_len")
     device = choose_device(config)
     gpu = device.type == "cuda"
-    # bfloat16 costs an embedding two digits and more, and indexes are kept: it must be asked for
+    # bfloat16 changes an embedding from the third decimal on, and indexes are kept: it must be asked for
     dtype: torch.dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
     limits = BatchLimits(
         tokens=config.max_num_batched_tokens or (16384 if gpu else 1024),

@@ -62,7 +62,8 @@ class Runner:
         rows, positions, chosen = torch.split(packed, [size, size, size + padding])
         logits = self.model.logits(take(hidden, chosen))[:size]
         batch = SampledRows(logits, rows, positions, self._sampling(host_rows), host_rows, lengths)
-        masked = [place for place, entry in enumerate(sampling) if entry in plan.masked]
+        under_grammar = set(plan.masked)
+        masked = [place for place, entry in enumerate(sampling) if entry in under_grammar]
         sampled = self._draw(batch, masked, masks)
         table.tokens.index_put_((rows, positions), sampled.tokens.clamp_min(0).to(torch.int32))
         return sampled

@@ -31,7 +31,7 @@ class CallOptions:
 
     tools: list[dict[str, Any]] | None = None
     tool_choice: str = "auto"
-    parallel_tool_calls: bool = True
+    parallel_tool_calls: bool | None = None
     json_schema: dict[str, Any] | None = None
     json_object: bool = False
     chat_template: str | None = None

@@ -8,16 +8,13 @@ from typing import Any
 from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.tools.types import BaseTool
 
+from octavo.chat import closed
 from octavo.errors import RequestError
-
-_BY_NAME = ("properties", "$defs", "definitions")
-_VALUES = ("enum", "const", "default", "examples", "required")
-_COMBINE = ("$ref", "allOf", "anyOf", "oneOf")
 
 
 def class_schema(output_cls: type[BaseModel]) -> dict[str, Any]:
     """The schema of a class, closed."""
-    schema: dict[str, Any] = _closed(output_cls.model_json_schema())
+    schema: dict[str, Any] = closed(output_cls.model_json_schema())
     return schema
 
 
@@ -32,7 +29,7 @@ def openai_tool(tool: Any) -> dict[str, Any]:
         made: dict[str, Any] = tool.metadata.to_openai_tool(skip_length_check=True)
     except Exception as error:  # whatever pydantic says of the types of a function's arguments
         raise RequestError(f"tool {tool.metadata.name!r} has no JSON schema: {error}", "tools") from error
-    return {**made, "function": {**made["function"], "parameters": _closed(made["function"]["parameters"])}}
+    return {**made, "function": {**made["function"], "parameters": closed(made["function"]["parameters"])}}
 
 
 def response_format(form: Any) -> tuple[dict[str, Any] | None, bool]:
@@ -51,21 +48,3 @@ def response_format(form: Any) -> tuple[dict[str, Any] | None, bool]:
         'response_format must be a pydantic class, {"type": "json_object"} or '
         '{"type": "json_schema", "json_schema": {"schema": ...}}', "response_format",
     )  # fmt: skip
-
-
-def _closed(schema: Any) -> Any:
-    """A copy in which objects have the members that are named, and no others. Python's classes and functions ignore or
-    refuse what they do not know, but their schemas do not say so, and a model would go on inventing members."""
-    if isinstance(schema, list):
-        return [_closed(part) for part in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    made: dict[str, Any] = {}
-    for name, value in schema.items():
-        if name in _BY_NAME and isinstance(value, Mapping):
-            made[name] = {key: _closed(part) for key, part in value.items()}
-        else:
-            made[name] = value if name in _VALUES else _closed(value)
-    if "properties" in made and not any(name in made for name in _COMBINE):
-        made.setdefault("additionalProperties", False)
-    return made
