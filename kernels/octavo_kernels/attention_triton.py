@@ -287,12 +287,12 @@ def paged_attention_triton(
         return out
     early = launches_early(device)
     group, block_d = heads // kv_heads, max(16, triton.next_power_of_2(head_size))
-    itemsize = q.element_size()
+    itemsize, cache_itemsize = q.element_size(), k_cache.element_size()
+    whole = max_seq_len <= min_split and window <= 0
     for short in (True, False):
         if not short and max_query_len <= tiles.SHORT_QUERY:
             break
-        whole = max_seq_len <= min_split and window <= 0
-        kind = "long" if invariant or not short else "whole" if whole else "short"
+        kind = "long" if invariant or not short else tiles.decoding_kind(batch * kv_heads, whole, cache_itemsize)
         tile = tiles.attention_tiles(tiles.architecture(device), block_d, itemsize, group, kind)
         block_q = tile.block_m // group
         token_slots = min(tiles.SHORT_QUERY, max_query_len)

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 FILE = Path(__file__).with_name("tiles.toml")
 HEAD_SIZES = (64, 128, 256)
-ATTENTION_KINDS = ("short", "whole", "long")
+ATTENTION_KINDS = ("short", "whole", "long", "few", "bytes")
+LIKE_SHORT = ATTENTION_KINDS[3:]  # where a group does not name them
 EVERYWHERE = (
     "silu", "step", "rope", "sample", "filter", "filter_warps", "filter_keep", "join", "join_warps", "shared_rows",
     "programs_per_multiprocessor",
@@ -113,7 +114,10 @@ def _group(raw: object, name: str, default: Group | None) -> Group:
     found: dict[str, Any] = {} if default is None else dict(vars(default))
     if "attention" in table:
         place = f"{name}.attention"
-        kinds = _table(table["attention"], place, ATTENTION_KINDS, whole=True)
+        raw_kinds = table["attention"]
+        if isinstance(raw_kinds, dict) and "short" in raw_kinds:
+            raw_kinds = dict.fromkeys(LIKE_SHORT, raw_kinds["short"]) | raw_kinds
+        kinds = _table(raw_kinds, place, ATTENTION_KINDS, whole=True)
         found["attention"] = {kind: _by_head_size(kinds[kind], f"{place}.{kind}") for kind in ATTENTION_KINDS}
     for kind, tiles in row.items():
         found[f"row_{kind}"] = _tiles(RowTiles, tiles, f"{name}.row.{kind}")

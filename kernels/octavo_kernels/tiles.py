@@ -65,7 +65,7 @@ def multiprocessors(device: torch.device) -> int:
 @lru_cache(maxsize=128)
 def attention_tiles(arch: int, padded_head_size: int, itemsize: int, group: int, kind: str) -> AttentionTiles:
     """Tiles for a chip, a head size (padded to a power of two), an element size in bytes and query heads a KV head.
-    `kind`: "short", "whole" or "long" (see `tiles.toml`)."""
+    `kind`: one of `ATTENTION_KINDS` (see `tiles.toml`)."""
     tiles = TABLES.of(arch).attention[kind][max(64, padded_head_size)]
     block_m, block_n, num_warps = tiles.block_m, tiles.block_n, tiles.num_warps
     if itemsize > 2:  # fp32 runs on the ordinary cores: twice the bytes, and no matrix unit to hold the accumulator
@@ -74,6 +74,15 @@ def attention_tiles(arch: int, padded_head_size: int, itemsize: int, group: int,
     while block_m < group:  # all heads of a group stand in one tile, or keys would be read twice
         block_m *= 2
     return AttentionTiles(block_m, block_n, num_warps, tiles.num_stages)
+
+
+def decoding_kind(programs: int, whole: bool, cache_itemsize: int) -> str:
+    """Of tiles for sequences with one new token each: so many, times KV heads. `whole`: none of them is split."""
+    if whole:
+        return "whole"
+    if programs < MANY_PROGRAMS:
+        return "few"
+    return "bytes" if cache_itemsize == 1 else "short"
 
 
 @lru_cache(maxsize=128)

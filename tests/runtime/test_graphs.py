@@ -163,7 +163,7 @@ def test_there_is_a_graph_for_every_number_of_rows(most: int) -> None:
     assert sizes == sorted(set(sizes))
     assert sizes[0] == 1
     assert sizes[-1] == most
-    assert all(later - size <= min(16, max(8, size / 2)) for size, later in pairwise(sizes))
+    assert all(later - size <= min(32, max(8, size / 2)) for size, later in pairwise(sizes))
     tokens = token_sizes_up_to(4096)
     assert all(later / size <= 2 for size, later in pairwise(tokens))
 

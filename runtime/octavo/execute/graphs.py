@@ -58,8 +58,8 @@ class Recorder(Protocol):
 
 
 def sizes_up_to(most: int) -> list[int]:
-    """Of decoding steps: padding costs little, so few graphs for few rows, then one for every 8, then for every 16."""
-    return sorted({size for size in (1, 2, 4, 8, 16, 24, *range(32, most, 16), most) if size <= most})
+    """Of decoding steps: padding costs little, so few graphs for few rows, then one for every 8, 16 and 32."""
+    return sorted({size for size in (1, 2, 4, 8, 16, 24, 32, 48, *range(64, most, 32), most) if size <= most})
 
 
 def sharing_sizes_up_to(most: int) -> list[int]:
