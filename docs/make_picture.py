@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 done = subprocess.run(
-    [sys.executable, "-m", "octavo.cli", "demo"],
+    [sys.executable, "-m", "octavo", "demo"],
     capture_output=True, text=True, check=True, env={**os.environ, "FORCE_COLOR": "1", "COLUMNS": "100"},
 )  # fmt: skip
 console = Console(record=True, width=100, file=io.StringIO())

@@ -30,7 +30,7 @@ def test_python_snippets_run(default_model: Path) -> None:
 def test_commands_exist(line: str) -> None:
     command = line.split()[1]
     done = subprocess.run(
-        [sys.executable, "-m", "octavo.cli", command, "--help"], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "octavo", command, "--help"], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout

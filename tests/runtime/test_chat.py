@@ -29,7 +29,7 @@ class Terminal:
             "OCTAVO_CACHE": str(home), "HF_HUB_OFFLINE": "1", "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm",
         }  # fmt: skip
         self.child = pexpect.spawn(
-            sys.executable, ["-m", "octavo.cli", "chat", "-m", str(model), "-t", "0", *options], env=environment,
+            sys.executable, ["-m", "octavo", "chat", "-m", str(model), "-t", "0", *options], env=environment,
             encoding="utf-8", codec_errors="replace", timeout=60, dimensions=(50, 200),
         )  # fmt: skip
         self.see("ready.")
@@ -134,7 +134,7 @@ def test_a_model_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str], m
 
 
 def piped(lines: str, *options: str) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "octavo.cli", "chat", "-t", "0", "--dtype", "float32", "-n", "20", *options]
+    command = [sys.executable, "-m", "octavo", "chat", "-t", "0", "--dtype", "float32", "-n", "20", *options]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, input=lines.encode(), capture_output=True, timeout=200, check=False, env=environment)
 
@@ -163,7 +163,7 @@ def test_a_bad_line_of_a_pipe_is_told_and_counts(tiny_model: Path) -> None:
 
 def test_ctrl_c_ends_a_pipe(default_model: Path) -> None:
     """A script is not a conversation: the next line must not be asked."""
-    command = [sys.executable, "-m", "octavo.cli", "chat", "-t", "0", "-n", "300", "-m", str(default_model)]
+    command = [sys.executable, "-m", "octavo", "chat", "-t", "0", "-n", "300", "-m", str(default_model)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
         assert process.stdin is not None

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from octavo import LLM, SamplingParams
 
-OCTAVO = [sys.executable, "-m", "octavo.cli"]
+OCTAVO = [sys.executable, "-m", "octavo"]
 STORY = "Write a long story about a dog."
 """In every type the default model goes on for 2000 tokens. Counting to 1000 it stops at 20, before a signal arrives."""
 QUESTION = "What is the capital of France?"
@@ -57,7 +57,7 @@ def octavo(*arguments: object, stdin: str | bytes = b"", env: dict[str, str] | N
 def test_help_says_what_a_command_does(arguments: list[str], environment: dict[str, str]) -> None:
     done = octavo(*arguments, "--help", env=environment)
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"Usage: python -m octavo.cli {' '.join(arguments)}".strip() in done.stdout
+    assert f"Usage: python -m octavo {' '.join(arguments)}".strip() in done.stdout
     if not arguments:
         for command in ("chat", "generate", "models", "bench", "env"):
             assert re.search(rf"^│ {command} +[A-Z]", done.stdout, flags=re.M), command

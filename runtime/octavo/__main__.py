@@ -1,4 +1,4 @@
-"""`python -m octavo.cli` is `octavo`."""
+"""`python -m octavo` is `octavo`."""
 
 from __future__ import annotations
 
