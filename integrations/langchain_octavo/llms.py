@@ -176,7 +176,7 @@ class OctavoLLM(AllAtOnce, LeavableStreams, EngineFields, SamplingFields, BaseLL
 
     def _call(self, prompt: str, stop: list[str] | None, kwargs: Mapping[str, Any], client: Client) -> Call:
         params = self._sampling(stop, self._given(kwargs), client)
-        if params.width > 1:
+        if params.choices > 1:
             name = "n" if params.n > 1 else "best_of"
             raise RequestError(f"{name} above 1 cannot be streamed: leave it out, or use invoke or generate", name)
         return prompt, params
@@ -210,7 +210,7 @@ class OctavoLLM(AllAtOnce, LeavableStreams, EngineFields, SamplingFields, BaseLL
 def _wanted(managers: Sequence[Any], prompts: Sequence[str], params: SamplingParams) -> bool:
     """Whether anybody listens for tokens. Not of outputs that may not be among the best."""
     listening = len(managers) == len(prompts) and any(manager.handlers for manager in managers)
-    return listening and params.width == params.n
+    return listening and params.choices == params.n
 
 
 def _chunk(client: Client, piece: StreamPiece, model: str = "") -> GenerationChunk:

@@ -65,7 +65,7 @@ class World:
         assert {block: count for block, count in enumerate(pool._holders) if count} == dict(holders)
         assert 0 not in holders
         rows = [sequence.row for sequence in scheduler.running]
-        assert sorted(rows + scheduler._free_rows) == list(range(self.rows)), "a row is lost or owned twice"
+        assert sorted(rows + scheduler.free_rows) == list(range(self.rows)), "a row is lost or owned twice"
         assert scheduler.running == sorted(scheduler.running, key=lambda s: s.order)
         assert scheduler.waiting == sorted(scheduler.waiting, key=lambda s: s.order)
         for sequence in scheduler.running:
@@ -103,7 +103,7 @@ class World:
         return tokens, events[-1].finish_reason, events[-1].error
 
     def seed(self, request: Request, index: int) -> int:
-        return self.scheduler._new_row(request.sequences[index]).seed
+        return self.scheduler.new_row(request.sequences[index]).seed
 
 
 PROMPT = st.one_of(

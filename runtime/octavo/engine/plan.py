@@ -41,8 +41,19 @@ class RowStep:
 
 
 @dataclass(frozen=True, slots=True)
+class SearchedStep:
+    """A step of a beam: the device adds `score`, the beam's own, to the log-probabilities of its next tokens and
+    returns the `keep` best."""
+
+    entry: int
+    """Place in the plan's `steps`."""
+    score: float
+    keep: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. Order of work: copies, new rows, new blocks, forward, sample."""
+    """One step. Order of work: copies, new rows, new blocks, tokens, forward, sample."""
 
     steps: list[RowStep]
     new_rows: list[NewRow] = field(default_factory=list)
@@ -55,6 +66,10 @@ class StepPlan:
     """All sequences of the step have one token and begin with so many blocks in common."""
     masked: tuple[int, ...] = ()
     """Entries of `steps` that sample under a grammar: the loop has a mask for each."""
+    tokens: list[tuple[int, int, int]] = field(default_factory=list)
+    """(row, position, token): what the host has chosen. Entered after new rows and new blocks."""
+    searched: tuple[SearchedStep, ...] = ()
+    """Those of `steps` that want candidates instead of a token."""
 
     @property
     def num_tokens(self) -> int:
