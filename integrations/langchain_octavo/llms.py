@@ -42,8 +42,8 @@ class OctavoLLM(AllAtOnce, LeavableStreams, EngineFields, SamplingFields, BaseLL
     top_p: float | None = 1.0
     top_k: int | None = -1
     n: int | None = 1
-    use_beam_search: bool = False
-    """Not supported yet."""
+    use_beam_search: bool | None = False
+    """Search by `beam_width` beams, or `best_of` as in vLLM."""
     tensor_parallel_size: int | None = 1
     """Only 1 is supported yet."""
     trust_remote_code: bool | None = False
@@ -64,8 +64,6 @@ class OctavoLLM(AllAtOnce, LeavableStreams, EngineFields, SamplingFields, BaseLL
         return self.engine_kwargs
 
     def _check(self) -> None:
-        if self.use_beam_search:
-            raise ConfigError("use_beam_search=True is not supported yet: leave it out", "use_beam_search")
         if self.download_dir is not None:
             raise ConfigError(
                 "download_dir is not supported: set OCTAVO_CACHE to the folder where models shall be kept",

@@ -10,7 +10,7 @@ import torch
 from octavo import SamplingParams
 from octavo.decode.sampler import Mask, SampledRows
 from octavo.engine.core import EngineCore
-from octavo.engine.request import RawLogprobs, Request, TokenEvent
+from octavo.engine.request import BeamEvent, RawLogprobs, Request, TokenEvent
 
 _numbers = itertools.count()
 Key = tuple[str, int]
@@ -61,7 +61,7 @@ class Driver:
             self.logprobs.setdefault(key, []).extend(event.logprobs)
         if event.prompt_logprobs is not None:
             self.prompt_logprobs.setdefault(key, []).extend(event.prompt_logprobs)
-        if event.score is not None:
+        if isinstance(event, BeamEvent):
             self.scores[key] = event.score
         if event.finish_reason is not None:
             self.finish[key] = event.finish_reason

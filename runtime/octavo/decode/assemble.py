@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from octavo.decode.detokenize import Detokenizer
 from octavo.decode.stop import StopStrings
-from octavo.engine.request import RawLogprobs, Request, TokenEvent
+from octavo.engine.request import BeamEvent, RawLogprobs, Request, TokenEvent
 from octavo.outputs import CompletionOutput, Logprob, RequestOutput, StreamPiece, TokenLogprobs
 from octavo.tokenizer import Tokenizer
 
@@ -125,7 +125,7 @@ class _Choice:
             piece.text += self._stops.flush()
         output.text += piece.text
         output.finish_reason, output.stop_reason = piece.finish_reason, piece.stop_reason
-        if event.score is not None:
+        if isinstance(event, BeamEvent):
             output.cumulative_logprob, output.score = event.cumulative_logprob, event.score
         elif params.use_beam_search and output.finish_reason is not None and output.token_ids:
             output.score = (output.cumulative_logprob or 0.0) / len(output.token_ids) ** params.length_penalty

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from octavo.decode.beam import Child
 from octavo.engine.draft import Draft
-from octavo.engine.request import Request, Sequence, TokenEvent
+from octavo.engine.request import BeamEvent, Request, Sequence, TokenEvent
 from octavo.errors import RequestFailedError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Beams:
         """The candidates of one beam have come."""
         request = sequence.request
         assert sequence.beam is not None
+        assert isinstance(event, BeamEvent)
         sequence.beam.candidates = event.candidates
         if any(other.beam is None or other.beam.candidates is None for other in request.beams):
             self._partial.add(request)
@@ -57,6 +58,7 @@ class Beams:
         """A beam runs in this step: put into the plan what the device does not know of it."""
         beam, row = sequence.beam, sequence.row
         assert beam is not None
+        draft.searching = True
         if beam.fork_epoch == sequence.epoch:
             beam.fork_epoch = -1
             draft.new_rows.append(self._scheduler.new_row(sequence))
@@ -111,7 +113,7 @@ class Beams:
             request.metrics.output_tokens += len(rest)
             last = found.tokens[-1]
             named = found.ended and last in request.stop_token_ids and last not in request.eos_token_ids
-            event = TokenEvent(
+            event = BeamEvent(
                 index, token_ids=rest, finish_reason="stop" if found.ended else "length",
                 stop_reason=last if named else None, cumulative_logprob=found.cumulative_logprob, score=found.score,
             )  # fmt: skip

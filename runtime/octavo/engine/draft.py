@@ -23,6 +23,8 @@ class Draft:
     """Destination block -> source block."""
     tokens: list[tuple[int, int, int]] = field(default_factory=list)
     """See `StepPlan.tokens`."""
+    searching: bool = False
+    """There are beams among the parts."""
     preempted: bool = False
     shared_blocks: int = 0
 
@@ -34,6 +36,12 @@ class Draft:
             steps, self.new_rows, new_blocks, copies, self.shared_blocks, self.masked(), self.tokens, self._searched()
         )
 
+    @property
+    def overlaps(self) -> bool:
+        """Something of it can go on before its results are known. Beams cannot: where there is nothing else, the step
+        is waited for, so that searches stay in one step instead of taking turns."""
+        return not self.searching or any(sequence.beam is None for sequence, _, _ in self.parts)
+
     def masked(self) -> tuple[int, ...]:
         """Places in `parts` that sample under a grammar."""
         return tuple(
@@ -41,6 +49,8 @@ class Draft:
         )
 
     def _searched(self) -> tuple[SearchedStep, ...]:
+        if not self.searching:
+            return ()
         return tuple(
             SearchedStep(place, sequence.beam.score, sequence.beam.keep)
             for place, (sequence, _, step) in enumerate(self.parts)

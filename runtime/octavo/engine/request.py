@@ -46,15 +46,21 @@ class TokenEvent:
     finish_reason: str | None = None
     stop_reason: int | None = None
     error: BaseException | None = None
-    candidates: Candidates | None = None
-    """Device to scheduler: of a beam, instead of a token."""
-    cumulative_logprob: float | None = None
-    score: float | None = None
-    """Of an output of a beam search, when it ends."""
 
     @property
     def last(self) -> bool:
         return self.finish_reason is not None or self.error is not None
+
+
+@dataclass(slots=True)
+class BeamEvent(TokenEvent):
+    """Of a beam search."""
+
+    candidates: Candidates | None = None
+    """Device to scheduler: of one beam, instead of a token."""
+    cumulative_logprob: float = 0.0
+    score: float = 0.0
+    """Engine to caller: of an output that ends."""
 
 
 Sink = Callable[[TokenEvent], None]
@@ -203,7 +209,8 @@ class Sequence:
         self.num_prompt = len(self.tokens)
         self.length = self.num_prompt
         self.limit = self.num_prompt + request.max_tokens
-        """The `length` with which there is nothing left to schedule for now."""
+        """The `length` with which every token it may make is made or under way. A beam may make one, until the search
+        has chosen."""
         self.scheduled = 0
         self.blocks: list[int] = []
         self.block_keys: list[bytes] = []
@@ -238,12 +245,6 @@ class Sequence:
     def samples_pending(self) -> bool:
         """A sampled token of this sequence has not come back from the device yet."""
         return self.length > len(self.tokens)
-
-    @property
-    def exhausted(self) -> bool:
-        """Every token it may make is made or under way: nothing left to schedule. (A beam may make one, until the
-        search has chosen.)"""
-        return self.length >= self.limit
 
     def __repr__(self) -> str:
         return (

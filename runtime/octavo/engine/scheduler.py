@@ -101,7 +101,7 @@ class Scheduler:
 
     def _advance(self, sequence: Sequence, draft: Draft, budget: int) -> int:
         """Give a running sequence what it lacks; returns the tokens spent (0 if it was preempted or lacks nothing)."""
-        count = 0 if sequence.exhausted else min(sequence.length - sequence.scheduled, budget)
+        count = min(sequence.length - sequence.scheduled, budget) if sequence.length < sequence.limit else 0
         if count > 0 and self._make_room(sequence, sequence.scheduled + count, draft):
             self._extend(sequence, count, draft)
             return count
@@ -260,10 +260,11 @@ class Scheduler:
                 self._publish(sequence, step.start + step.count)
                 if sequence in self.suspects and step.start + step.count >= sequence.alone_until:
                     self.suspects.remove(sequence)
-            if event is not None and event.candidates is not None:
-                self._beams.take(sequence, event)
-            elif event is not None:
-                self._take(sequence, step, event)
+            if event is not None:
+                if sequence.beam is None:
+                    self._take(sequence, step, event)
+                else:
+                    self._beams.take(sequence, event)
 
     def rollback(self, draft: Draft) -> list[Sequence]:
         """Undo a step that did not run to its end: its sequences wait again, to compute anew. Returns those still

@@ -8,7 +8,7 @@ import torch
 
 from octavo.decode.beam import Candidates
 from octavo.decode.sampler import DeviceLogprobs, Sampled
-from octavo.engine.request import RawLogprobs, TokenEvent
+from octavo.engine.request import BeamEvent, RawLogprobs, TokenEvent
 from octavo.errors import RequestFailedError
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ class StepResult:
         found = self.sampled.candidates if self.sampled is not None else None
         if found is not None:
             for number, tokens, scores in zip(found.rows, found.tokens.tolist(), found.scores.tolist(), strict=True):
-                events[self.sampling[number]] = TokenEvent(0, candidates=Candidates(tokens, scores))
+                events[self.sampling[number]] = BeamEvent(0, candidates=Candidates(tokens, scores))
 
 
 def _begin_copy(tensor: torch.Tensor) -> torch.Tensor:
