@@ -4,7 +4,7 @@ request with `SamplingParams(use_beam_search=True)`."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from octavo.errors import RequestError
 from octavo.outputs import RequestOutput
@@ -30,15 +30,9 @@ class BeamSearchParams:
 
     def sampling(self) -> SamplingParams:
         """As `SamplingParams` that return all beams. Raises `RequestError`."""
-        if isinstance(self.beam_width, bool) or not isinstance(self.beam_width, int):
-            raise RequestError(f"beam_width must be an integer, not {self.beam_width!r}", "beam_width")
-        return SamplingParams(
-            use_beam_search=True, beam_width=self.beam_width, n=self.beam_width, max_tokens=self.max_tokens,
-            ignore_eos=self.ignore_eos, temperature=self.temperature, length_penalty=self.length_penalty,
-            early_stopping=self.early_stopping, min_tokens=self.min_tokens,
-            no_repeat_ngram_size=self.no_repeat_ngram_size, allowed_token_ids=self.allowed_token_ids,
-            skip_special_tokens=self.skip_special_tokens,
-        )  # fmt: skip
+        settings = {field.name: getattr(self, field.name) for field in fields(self)}
+        params = SamplingParams(use_beam_search=True, **settings)  # checked first: the caller knows of no `n`
+        return replace(params, n=self.beam_width)
 
 
 @dataclass(frozen=True, slots=True)

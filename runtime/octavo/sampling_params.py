@@ -168,6 +168,7 @@ class SamplingParams:
         if self.temperature not in (0.0, 1.0):
             raise RequestError(f"temperature={self.temperature:g} does not apply to a beam search: leave it out",
                                "temperature")  # fmt: skip
+        object.__setattr__(self, "temperature", 0.0)  # one beam alone takes the likeliest token
         unused = {"top_p": 1.0, "min_p": 0.0, "logprobs": None, "prompt_logprobs": None, "structured_outputs": None}
         for name, value in {**unused, "stop": ()}.items():
             if getattr(self, name) != value:
@@ -177,7 +178,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0 or self.use_beam_search
+        return self.temperature == 0
 
     @property
     def searches(self) -> bool:

@@ -214,6 +214,20 @@ def test_the_request_that_raises_fails_alone(depth: int) -> None:
             assert (tokens, reason) == expected_tokens(request, world.seed(request, 0))
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_the_beam_that_raises_ends_its_search_alone(depth: int) -> None:
+    """A step that computes a token which only beams of the search make raises: all of it fails, and nobody else."""
+    world = World(blocks=60, rows=12, budget=64, depth=depth)
+    others = [world.add([10, 11 + i], max_tokens=9) for i in range(6)]
+    guilty = world.add([12, 12, 10], max_tokens=9, n=2, search={"beam_width": 4})
+    expected = [world.expected(request, 0) for request in others]
+    innocent = {EOS, *(token for tokens, _ in expected for token in tokens)}
+    world.device.raise_on = next(token for token in world.expected(guilty, 0)[0][1:-1] if token not in innocent)
+    world.run()
+    assert [isinstance(world.outcome(guilty, index)[2], RequestFailedError) for index in (0, 1)] == [True, True]
+    assert [world.outcome(request)[:2] for request in others] == expected
+
+
 def test_a_long_random_run_preempts_and_loses_nothing() -> None:
     """2000 requests through 10 blocks: the pool is always short, and every output is right."""
     rng = random.Random(5)
