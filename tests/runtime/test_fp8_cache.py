@@ -31,10 +31,7 @@ class Fp8Parts(GraphedParts):
 
     def _runner(self, resolved: Resolved, kv: KVCache, table: RowTable, model: Any) -> Runner:
         scales = self.scales(resolved.max_model_len)
-        self.kv = KVCache([
-            LayerCache(torch.zeros(layer.keys.shape, dtype=FP8), torch.zeros(layer.keys.shape, dtype=FP8), scale)
-            for layer, scale in zip(kv.layers, scales, strict=True)
-        ])  # fmt: skip
+        self.kv = KVCache.of(torch.zeros(kv.memory.shape, dtype=FP8), scales)
         return super()._runner(resolved, self.kv, table, model)
 
     def scales(self, max_tokens: int) -> list[torch.Tensor]:
@@ -140,9 +137,9 @@ def test_forks_preemption_and_cached_prefixes_change_no_token(parts: Fp8Parts) -
 
 def test_copied_blocks_are_the_same_bits() -> None:
     bits = torch.randint(0, 256, (2, 7, 2, 4, 8), dtype=torch.uint8)
-    keys, values = bits.clone().view(FP8).unbind(0)
-    KVCache([LayerCache(keys, values, torch.ones(2, 2))]).copy_blocks(torch.tensor([1, 2, 0]), torch.tensor([2, 5, 6]))
-    for cache, before in zip((keys, values), bits, strict=True):
+    kv = KVCache.of(bits.clone().view(FP8), [torch.ones(2, 2)])
+    kv.copy_blocks(torch.tensor([1, 2, 0]), torch.tensor([2, 5, 6]))
+    for cache, before in zip((kv.layers[0].keys, kv.layers[0].values), bits, strict=True):
         assert torch.equal(cache.view(torch.uint8), before[[0, 1, 1, 3, 4, 2, 0]])
 
 
