@@ -236,4 +236,6 @@ def _generation(client: Client, model: str, choice: CompletionOutput, metrics: R
         info["logprobs"] = logprobs(client.tokenizer, choice.token_ids, choice.logprobs)
     if choice.cumulative_logprob is not None:
         info["cumulative_logprob"] = choice.cumulative_logprob
+    if choice.score is not None:
+        info["score"] = choice.score
     return Generation(text=choice.text, generation_info=info)

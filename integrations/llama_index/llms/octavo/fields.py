@@ -103,8 +103,8 @@ class OctavoFields(FunctionCallingLLM):
         more = {**self.additional_kwargs, **given}
         layers = {**own, **more}
         merged = {name: value for name, value in layers.items() if name in SAMPLING and value is not None}
-        if merged.get("use_beam_search") and "temperature" not in {*self.model_fields_set, *more}:
-            del merged["temperature"]  # LlamaIndex's default, which nobody asked for
+        if merged.get("use_beam_search") and "temperature" not in more and self.temperature == DEFAULT_TEMPERATURE:
+            del merged["temperature"]  # LlamaIndex's default, which does not apply to a search
         form = merged.get("structured_outputs")
         if isinstance(form, Mapping):
             refuse_unknown(form, _FORMS, "entry of structured_outputs")
