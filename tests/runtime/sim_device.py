@@ -154,6 +154,8 @@ class SimDevice:
         destinations = [destination for _, destination in plan.copies]
         assert len(set(destinations)) == len(destinations), "a block is copied onto twice"
         assert 0 not in destinations, "the null block is written"
+        for number, (copied, _) in enumerate(plan.copies):
+            assert copied not in destinations[:number], "a block is written before it is read"
         places = [(row, index) for row, index, _ in plan.new_blocks]
         assert len(set(places)) == len(places), "two blocks have one place: a device may apply either last"
         new_rows = [new.row for new in plan.new_rows]

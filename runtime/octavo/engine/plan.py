@@ -60,7 +60,8 @@ class StepPlan:
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
     """(row, index in its block table, block); each place once."""
     copies: list[tuple[int, int]] = field(default_factory=list)
-    """(source block, destination block): copy on write, and the null block's zeros over blocks of a failed sequence."""
+    """(source block, destination block): copy on write, and the null block's zeros over blocks of a failed sequence. A
+    block that is read is written by a later copy at most."""
 
     shared_blocks: int = 0
     """All sequences of the step have one token and begin with so many blocks in common."""

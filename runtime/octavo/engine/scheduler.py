@@ -21,6 +21,7 @@ from octavo.engine.coming import ComingBlocks
 from octavo.engine.draft import Draft
 from octavo.engine.plan import NewRow, RowStep
 from octavo.engine.request import Request, Sequence, TokenEvent
+from octavo.engine.siblings import donor_of, sibling_prefills
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,7 +112,7 @@ class Scheduler:
         position = 0
         while budget > 0 and position < len(self.waiting):
             sequence = self.waiting[position]
-            if sequence.samples_pending or self._sibling_prefills(sequence, draft) or self._prefix_comes(sequence):
+            if sequence.samples_pending or sibling_prefills(sequence, draft) or self._prefix_comes(sequence):
                 position += 1  # ready in a later step; those behind need not wait for it
                 continue
             spent = self._admit(sequence, draft, budget)
@@ -125,7 +126,7 @@ class Scheduler:
         pool = self.pool
         if not self.free_rows and not self._make_way(sequence, draft):
             return 0
-        donor = self._donor(sequence, draft)
+        donor = donor_of(sequence, draft)
         if donor is not None:
             # fork: share the prompt's blocks, compute only its last token again (that write copies the last block)
             computed = sequence.num_prompt - 1
@@ -394,31 +395,7 @@ class Scheduler:
         wants = sequence.request.params.prompt_logprobs is not None and sequence.index == 0
         return wants and sequence.prompt_logprobs_sent < sequence.num_prompt - 1
 
-    def _donor(self, sequence: Sequence, draft: Draft) -> Sequence | None:
-        """A running sibling that had computed the prompt before this step, for a sequence without output of its own.
-        (Copies run before the step's forward pass: what a sibling writes in this very step is not there yet.)"""
-        if sequence.index == 0 or sequence.num_output:
-            return None
-        for other in sequence.request.sequences:
-            if other.row >= 0 and other.scheduled >= other.num_prompt and not _prefills(other, draft):
-                return other
-        return None
-
     def _prefix_comes(self, sequence: Sequence) -> bool:
         """Another request's sequence is computing what this one would compute first: wait, and share its blocks."""
         forks = sequence.index > 0 and not sequence.num_output
         return not forks and not self._reports_prompt(sequence) and self._coming.would_help(sequence)
-
-    def _sibling_prefills(self, sequence: Sequence, draft: Draft) -> bool:
-        """A sibling is computing the prompt right now: wait and fork from it."""
-        if sequence.index == 0 or sequence.num_output or self._donor(sequence, draft):
-            return False
-        return any(
-            other.row >= 0 and (other.scheduled < other.num_prompt or _prefills(other, draft))
-            for other in sequence.request.sequences
-        )
-
-
-def _prefills(sequence: Sequence, draft: Draft) -> bool:
-    """Part of the prompt (but for its last token) is computed by this step."""
-    return any(part is sequence and step.start < part.num_prompt - 1 for part, _, step in draft.parts)
