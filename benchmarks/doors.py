@@ -1,12 +1,14 @@
 """What do the doors cost? LangChain's and LlamaIndex's classes beside `LLM` itself, on the default model.
 
-    python benchmarks/doors.py [--tokens 256] [--rounds 7] [--requests 64] [--profile] [--json doors.json]
+    python benchmarks/doors.py [--tokens 64] [--rounds 30] [--requests 64] [--profile] [--json doors.json]
 
-A streamed token: every way streams the same greedy answer, in turn, in each round. Two figures, in microseconds a
-token: the median time between tokens, and the processor time of the thread that takes them (where the door's work is
-done; the engine's is on another thread). Callbacks and events are sent, as always; nobody listens.
+A streamed token: each round streams the same greedy answer by every way, and right before and after it by `LLM.stream`
+(or `AsyncLLM.stream`), because a machine's speed drifts by more than a door costs. Two figures, in microseconds a
+token, above the mean of those two: the time between tokens, and the processor time of the thread that takes them
+(where the door's work is done; the engine's is on another thread). Medians over the rounds, with the middle half of
+them in brackets. Callbacks and events are sent, as always; nobody listens.
 
-Many at once: the same requests given to `LLM.generate` at once, and as that many concurrent `ainvoke`s.
+Many at once: the same requests given to `LLM.generate` at once, and as that many concurrent `ainvoke`s, in turn.
 
 A framework that is not installed is left out. --profile shows where LangChain's streaming spends its time.
 """
@@ -99,34 +101,48 @@ def llama_index_ways(sampling: dict[str, Any]) -> dict[str, Way]:
     }
 
 
-def streams(llm: LLM, asynchronous: AsyncLLM, tokens: int, rounds: int) -> dict[str, Cost]:
+def streams(
+    llm: LLM, asynchronous: AsyncLLM, tokens: int, rounds: int
+) -> tuple[dict[str, Cost], dict[str, list[Cost]]]:
+    """Of the plain ways the cost, medians; of each door what it costs more, round by round."""
     sampling = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True}
     params = SamplingParams(**sampling)
 
-    async def plain() -> Cost:
+    async def stream() -> Cost:
         return await atimed(asynchronous.chat_stream(MESSAGES, params))
 
-    ways: dict[str, Way] = {
-        "LLM.stream": lambda: timed(llm.chat(MESSAGES, params, stream=True)),
-        "AsyncLLM.stream": lambda: asyncio.run(plain()),
+    plain: dict[bool, Way] = {
+        False: lambda: timed(llm.chat(MESSAGES, params, stream=True)),
+        True: lambda: asyncio.run(stream()),
     }
+    ways: dict[str, Way] = {}
     for name, make in (("langchain_core", langchain_ways), ("llama_index", llama_index_ways)):
         if find_spec(name) is not None:
             ways |= make(sampling)
-    found: dict[str, list[Cost]] = {name: [] for name in ways}
+    base: dict[bool, list[Cost]] = {False: [], True: []}
+    more: dict[str, list[Cost]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
-            result = way()
+            awaited = ".a" in name
+            before, (gap, cpu), after = plain[awaited](), way(), plain[awaited]()
             if number:  # the first round warms up
-                found[name].append(result)
-    return {
-        name: (statistics.median(gap for gap, _ in costs), statistics.median(cpu for _, cpu in costs))
-        for name, costs in found.items()
-    }
+                base[awaited] += [before, after]
+                more[name].append((gap - (before[0] + after[0]) / 2, cpu - (before[1] + after[1]) / 2))
+    medians = {("Async" if awaited else "") + "LLM.stream": middle(costs) for awaited, costs in base.items()}
+    return medians, more
 
 
-def many(llm: LLM, requests: int, rounds: int) -> dict[str, float]:
-    """Seconds for all requests, medians, and the ratio."""
+def middle(costs: list[Cost]) -> Cost:
+    return statistics.median(gap for gap, _ in costs), statistics.median(cpu for _, cpu in costs)
+
+
+def spread(values: list[float]) -> str:
+    low, median, high = statistics.quantiles(values, n=4)
+    return f"{median:.0f} ({low:.0f}..{high:.0f})"
+
+
+def many(llm: LLM, requests: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds for all requests, of each round."""
     from langchain_octavo import ChatOctavo
 
     questions = [f"{QUESTION} Its number is {number}." for number in range(requests)]
@@ -151,7 +167,7 @@ def many(llm: LLM, requests: int, rounds: int) -> dict[str, float]:
             way()
             if number:
                 found[name].append(time.perf_counter() - began)
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
+    return found
 
 
 def profile(tokens: int) -> None:
@@ -166,8 +182,8 @@ def profile(tokens: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -176,17 +192,20 @@ def main() -> None:
         return profile(given.tokens)
     with LLM() as llm:
         asynchronous = AsyncLLM()
-        costs = streams(llm, asynchronous, given.tokens, given.rounds)
+        plain, more = streams(llm, asynchronous, given.tokens, given.rounds)
         asynchronous.close()
-        print(f"{'us a token':<24}{'between tokens':>16}{'more':>8}{'processor time':>18}{'more':>8}")
-        for name, (gap, cpu) in costs.items():
-            base = costs["AsyncLLM.stream" if ".a" in name or name.startswith("A") else "LLM.stream"]
-            print(f"{name:<24}{gap:>16.0f}{gap - base[0]:>8.0f}{cpu:>18.0f}{cpu - base[1]:>8.0f}")
-        seconds = many(llm, given.requests, min(given.rounds, 3)) if find_spec("langchain_core") else {}
-    for name, value in seconds.items():
-        print(f"{given.requests} requests, {name:<14}{value:>8.2f} s{value / seconds['LLM.generate']:>8.2f}x")
+        print(f"{'us a token':<26}{'between tokens':>24}{'processor time':>24}")
+        for name, (gap, cpu) in plain.items():
+            print(f"{name:<26}{gap:>24.0f}{cpu:>24.0f}")
+        for name, costs in more.items():
+            print(f"more: {name:<20}" + "".join(f"{spread([cost[at] for cost in costs]):>24}" for at in (0, 1)))
+        seconds = many(llm, given.requests, max(2, given.rounds // 4)) if find_spec("langchain_core") else {}
+    for name, values in seconds.items():
+        ratios = [value / least for value, least in zip(values, seconds["LLM.generate"], strict=True)]
+        print(f"{given.requests} requests, {name:<14}{statistics.median(values):>8.2f} s, "
+              f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}..{max(ratios):.2f})")  # fmt: skip
     if given.json:
-        given.json.write_text(json.dumps({"us_per_token": costs, "seconds": seconds}, indent=1) + "\n")
+        given.json.write_text(json.dumps({"plain": plain, "more": more, "seconds": seconds}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
