@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from octavo.engine.plan import NewRow, RowStep, StepPlan
+from octavo.engine.plan import NewRow, NewSource, RowStep, StepPlan
 from octavo.engine.request import Sequence
 
 
@@ -21,6 +21,7 @@ class Draft:
     one entry, because a device applies several in any order."""
     copies: dict[int, int] = field(default_factory=dict)
     """Destination block -> source block."""
+    sources: list[NewSource] = field(default_factory=list)
     preempted: bool = False
     shared_blocks: int = 0
 
@@ -28,7 +29,7 @@ class Draft:
         copies = [(source, destination) for destination, source in self.copies.items()]
         new_blocks = [(row, index, block) for (row, index), block in self.new_blocks.items()]
         steps = [step for _, _, step in self.parts]
-        return StepPlan(steps, self.new_rows, new_blocks, copies, self.shared_blocks, self.masked())
+        return StepPlan(steps, self.new_rows, new_blocks, copies, self.shared_blocks, self.masked(), self.sources)
 
     def masked(self) -> tuple[int, ...]:
         """Places in `parts` that sample under a grammar."""

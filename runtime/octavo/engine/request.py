@@ -16,6 +16,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from octavo.engine.source import Source
 from octavo.outputs import RequestMetrics
 from octavo.sampling_params import SamplingParams
 
@@ -66,7 +67,9 @@ class Constraint(Protocol):
 
 
 class Request:
-    """One prompt with its parameters; `width` sequences. `sink` receives its events on the engine's thread."""
+    """One prompt with its parameters; `width` sequences. `sink` receives its events on the engine's thread.
+
+    `source_ids`: what the encoder of an encoder-decoder reads; the prompt is then how the decoder begins."""
 
     def __init__(
         self,
@@ -81,6 +84,7 @@ class Request:
         seed: int = 0,
         priority: int = 0,
         cache_salt: str = "",
+        source_ids: Seq[int] | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt_ids = list(prompt_ids)
@@ -92,10 +96,14 @@ class Request:
         self.bad_word_ids = tuple(tuple(word) for word in bad_word_ids)
         self.seed = seed
         self.priority = priority
-        self.cache_salt = cache_salt.encode()
+        self.source = None if source_ids is None else Source(source_ids, cache_salt.encode())
+        self.cache_salt = cache_salt.encode() if self.source is None else self.source.digest
+        """Equal tokens with another salt have other keys and values. Those of a decoder depend on the source."""
         self.arrival = 0
         """Position in the order of arrival; the scheduler sets it."""
-        self.metrics = RequestMetrics(arrival=time.monotonic(), prompt_tokens=len(self.prompt_ids))
+        self.metrics = RequestMetrics(
+            arrival=time.monotonic(), prompt_tokens=len(self.prompt_ids) + len(source_ids or ())
+        )
         self.sequences = [Sequence(self, index) for index in range(params.width)]
 
     def constrain(self, start: Callable[[], Constraint]) -> None:

@@ -20,6 +20,7 @@ from octavo.engine.coming import ComingBlocks
 from octavo.engine.draft import Draft
 from octavo.engine.plan import NewRow, RowStep
 from octavo.engine.request import Request, Sequence, TokenEvent
+from octavo.engine.source import SourceBlocks, place_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,6 +49,7 @@ class Scheduler:
         self._arrivals = 0
         self._scrub: dict[int, int] = {}
         self._coming = ComingBlocks(pool)
+        self.sources = SourceBlocks(pool, max_num_batched_tokens)
 
     # ---------------------------------------------------------------- intake
 
@@ -131,9 +133,11 @@ class Scheduler:
             blocks, keys = pool.match(sequence.tokens, sequence.request.cache_salt, sequence.length - 1)
             computed = len(blocks) * pool.block_size
         wanted = self._blocks_for(sequence.length) - len(blocks) + (donor is not None) + sum(map(pool.is_idle, blocks))
-        if wanted > pool.available:
+        source = self.sources.missing(sequence.request, draft)
+        if source is None or wanted + source > pool.available:
             return 0
         pool.hold(blocks)
+        source_cached = self.sources.take(sequence.request, draft)
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_order)
         sequence.row = self._free_rows.pop()
@@ -142,7 +146,7 @@ class Scheduler:
         if metrics.queue_time is None:
             self.fresh -= 1
             metrics.queue_time = self._clock() - metrics.arrival
-            metrics.cached_tokens = computed
+            metrics.cached_tokens = computed + (metrics.prompt_tokens - sequence.num_prompt) * source_cached
         self._coming.announce(sequence)
         draft.new_rows.append(self._new_row(sequence))
         draft.new_blocks |= {(sequence.row, index): block for index, block in enumerate(blocks)}
@@ -237,6 +241,7 @@ class Scheduler:
                 self.fail(sequence, event.error)
                 continue
             if epoch == sequence.epoch:
+                self.sources.publish(sequence.request)
                 self._publish(sequence, step.start + step.count)
                 if sequence in self.suspects and step.start + step.count >= sequence.alone_until:
                     self.suspects.remove(sequence)
@@ -248,6 +253,7 @@ class Scheduler:
         alive."""
         alive = []
         size = self.pool.block_size
+        self._scrub |= {block: NULL_BLOCK for source in draft.sources for block in source.blocks}
         for sequence, epoch, step in draft.parts:
             if sequence.finished:
                 continue
@@ -274,6 +280,7 @@ class Scheduler:
         """End one sequence with an error. What it wrote is not trusted: nobody can find it, and zeros go over it,
         because a NaN in a stale slot would survive the mask of the next owner (0 * NaN)."""
         own = [block for block in sequence.blocks if not self.pool.is_shared(block)]
+        own += self.sources.alone(sequence.request)
         self.pool.discard(own)
         self._scrub |= dict.fromkeys(own, NULL_BLOCK)
         self._end(sequence)
@@ -341,6 +348,7 @@ class Scheduler:
         self.pool.release(sequence.blocks)
         self._free_rows.append(sequence.row)
         sequence.blocks, sequence.block_keys, sequence.named, sequence.scheduled, sequence.row = [], [], [], 0, -1
+        self.sources.leave(sequence.request)
         sequence.epoch += 1
 
     def _emit(self, sequence: Sequence, event: TokenEvent) -> None:
@@ -357,7 +365,7 @@ class Scheduler:
         seed = (request.seed + 0x9E3779B97F4A7C15 * sequence.index) % 2**64
         return NewRow(
             sequence.row, list(sequence.tokens), sequence.num_prompt, request.params, seed - 2**64 if seed >= 2**63 else
-            seed, request.wants_logprobs, stop_ids, request.bad_word_ids,
+            seed, request.wants_logprobs, stop_ids, request.bad_word_ids, place_of(request),
         )  # fmt: skip
 
     def _blocks_for(self, tokens: int) -> int:

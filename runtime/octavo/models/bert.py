@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from octavo.attention.texts import TextBatch
 from octavo.layers.activated import ActivatedLinear
+from octavo.layers.layer_norm import Norm
 from octavo.layers.linear import Linear, ProductMaker, product_with
 from octavo.models.encoder_config import EncoderConfig
 
@@ -52,21 +53,6 @@ NAMES = {
         "attention.out_lin", "sa_layer_norm", "ffn.lin1", "ffn.lin2", "output_layer_norm",
     ),
 }  # fmt: skip
-
-
-class Norm:
-    """LayerNorm of a sum."""
-
-    def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
-        self.weight = torch.empty(size, dtype=dtype, device=device)
-        self.bias = torch.empty(size, dtype=dtype, device=device)
-        self.eps = eps
-
-    def __call__(self, x: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x + added, (x.shape[-1],), self.weight, self.bias, self.eps)
-
-    def targets(self, name: str) -> dict[str, torch.Tensor]:
-        return {f"{name}.weight": self.weight, f"{name}.bias": self.bias}
 
 
 class EncoderLayer:
