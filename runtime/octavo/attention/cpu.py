@@ -95,21 +95,29 @@ class _Part:
     """[N, P / block_size] blocks of the keys, the null block where there are none."""
     positions: torch.Tensor
     """[N, M] positions of the queries."""
-    biases: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By window: [N, 1, M, 1, P] added to the scores, 0 or -inf."""
+    biases: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    """By window and bias by distance: [N, 1 or KH, M, 1 or G, P] added to the scores, -inf where a key is hidden."""
     workspaces: dict[tuple[int, int], _Workspace] = field(default_factory=dict)
     """By numbers of query and KV heads."""
 
-    def bias(self, window: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
-        if window not in self.biases:
+    def bias(
+        self, window: int, keys: int, dtype: torch.dtype, by_distance: torch.Tensor | None, kv_heads: int
+    ) -> torch.Tensor:
+        name = window, id(by_distance)
+        if name not in self.biases:
             key = torch.arange(keys)
             query = self.positions.unsqueeze(-1)
             hidden = key > query
             if window > 0:
                 hidden |= key <= query - window
-            bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-            self.biases[window] = bias[:, None, :, None, :]
-        return self.biases[window]
+            if by_distance is None:
+                bias = torch.zeros(hidden.shape, dtype=dtype)[:, None, :, None, :]
+            else:
+                distance = (query - key).clamp_(0, by_distance.shape[1] - 1)
+                shape = (kv_heads, -1, *distance.shape)
+                bias = by_distance[:, distance].to(dtype).view(shape).permute(2, 0, 3, 1, 4)
+            self.biases[name] = bias.masked_fill(hidden[:, None, :, None, :], float("-inf"))
+        return self.biases[name]
 
     def workspace(self, scratch: Scratch, q: torch.Tensor, kv_heads: int, row_multiple: int, size: int) -> _Workspace:
         """`q` `[T, H, D]` for its sizes and its dtype; `size`: tokens in a block."""
@@ -189,7 +197,10 @@ class _Prepared(PreparedAttention):
             first += count
         return parts
 
-    def attend(self, q: torch.Tensor, cache: LayerCache, *, scale: float, window: int) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, cache: LayerCache, *, scale: float, window: int,
+        distance_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         if self.order is not None:
             q = q.index_select(0, self.order)
         out = torch.empty_like(q) if q.shape[0] == self.tokens else torch.zeros_like(q)
@@ -200,7 +211,7 @@ class _Prepared(PreparedAttention):
             work.queries.copy_(q[part.tokens].view(work.queries.shape))
             torch.index_select(keys, 0, work.index, out=work.blocks)
             torch.bmm(work.rows, work.dense.transpose(1, 2), out=work.scores)
-            bias = part.bias(window, work.dense.shape[1], q.dtype)
+            bias = part.bias(window, work.dense.shape[1], q.dtype, distance_bias, cache.keys.shape[1])
             torch.add(bias, work.visible, alpha=scale, out=work.visible)
             torch.softmax(work.scores, dim=-1, out=work.weights)
             torch.index_select(values, 0, work.index, out=work.blocks)

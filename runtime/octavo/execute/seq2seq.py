@@ -31,7 +31,10 @@ from octavo.models.loader import Progress, fill
 from octavo.models.m2m100 import M2M100Family
 from octavo.models.seq2seq_config import Seq2SeqConfig, refuse_on
 from octavo.models.sources import ModelFiles
+from octavo.models.t5 import T5Family
 from octavo.models.weights import SafetensorsWeights, WeightReader, open_dummy
+
+Family = M2M100Family | T5Family
 
 
 def resolve_seq2seq(config: EngineConfig, model: Seq2SeqConfig) -> Resolved:
@@ -91,7 +94,7 @@ def build_seq2seq(
 
 
 def core_around(
-    model: M2M100Family, config: Seq2SeqConfig, resolved: Resolved, *, caching: bool = True,
+    model: Family, config: Seq2SeqConfig, resolved: Resolved, *, caching: bool = True,
     turns: AbstractContextManager[None] = nullcontext(),  # noqa: B008 (it has no state)
 ) -> EngineCore:  # fmt: skip
     """An engine of a loaded model."""
@@ -110,9 +113,10 @@ def core_around(
 def load_seq2seq(
     reader: WeightReader, config: Seq2SeqConfig, resolved: Resolved, *, dummy: bool = False,
     progress: Progress | None = None,
-) -> M2M100Family:  # fmt: skip
+) -> Family:  # fmt: skip
     """Raises `ModelFileError` where weights and configuration do not fit together."""
-    model = M2M100Family(config, max_len=resolved.max_model_len, dtype=resolved.dtype, device=resolved.device)
+    family = T5Family if config.relative_buckets else M2M100Family
+    model: Family = family(config, max_len=resolved.max_model_len, dtype=resolved.dtype, device=resolved.device)
     given = set(reader.names())
     model.adapt(given)
     targets = model.targets()
@@ -125,7 +129,7 @@ def load_seq2seq(
 
 
 def _named(
-    targets: Mapping[str, torch.Tensor], model: M2M100Family, given: set[str], place: str
+    targets: Mapping[str, torch.Tensor], model: Family, given: set[str], place: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """What the checkpoint calls each tensor."""
     for name, dest in targets.items():
