@@ -32,6 +32,9 @@ class EngineConfig:
     """Access token of the hub, for gated models."""
     trust_remote_code: bool = False
     """Let the tokenizer run Python code that comes with the model."""
+    allow_pickle: bool = False
+    """Read pickled weights (`pytorch_model.bin`) of a model that has no others. They are read as tensors only: a file
+    that holds anything else is refused."""
     load_format: str = "auto"
     """"auto" reads the model's weights; "dummy" fills them with small random numbers, to measure speed."""
     device: str = "auto"
@@ -111,7 +114,7 @@ class EngineConfig:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], not {share!r}", "gpu_memory_utilization")
         if sum(value is not None for value in (self.num_blocks, self.kv_cache_memory, share)) > 1:
             raise ConfigError("give one of num_blocks, kv_cache_memory and gpu_memory_utilization", "num_blocks")
-        for name in ("trust_remote_code", "enable_prefix_caching", "deterministic"):
+        for name in ("trust_remote_code", "allow_pickle", "enable_prefix_caching", "deterministic"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}", name)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import queue
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from octavo.client import Client, Message, Prompt
 from octavo.console import batch_progress
@@ -17,8 +17,11 @@ from octavo.engine.embed_request import EmbedEvent, EmbedRequest
 from octavo.engine.request import TokenEvent
 from octavo.engine.service import EngineService
 from octavo.errors import RequestError
-from octavo.outputs import EmbeddingOutput, RequestOutput, StreamPiece
+from octavo.outputs import EmbeddingOutput, RequestOutput, StreamPiece, TranslationOutput
 from octavo.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from octavo.translation.job import TranslationJob
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 
@@ -182,6 +185,63 @@ class LLM(Client):
                 service.abort(request)
             raise
         return settled([found[place] for place in range(len(requests))], return_exceptions)
+
+    @overload
+    def translate(
+        self, texts: str | Sequence[str], *, source: str | None = None, target: str | None = None, beam_width: int = 1,
+        max_tokens: int | None = None, sampling_params: SamplingParams | None = None, stream: Literal[False] = False,
+        priority: int = 0, use_tqdm: bool | None = None, return_exceptions: bool = False,
+    ) -> list[TranslationOutput]: ...  # fmt: skip
+
+    @overload
+    def translate(
+        self, texts: str | Sequence[str], *, source: str | None = None, target: str | None = None, beam_width: int = 1,
+        max_tokens: int | None = None, sampling_params: SamplingParams | None = None, stream: Literal[True],
+        priority: int = 0, use_tqdm: bool | None = None, return_exceptions: bool = False,
+    ) -> Iterator[str]: ...  # fmt: skip
+
+    def translate(
+        self, texts: str | Sequence[str], *, source: str | None = None, target: str | None = None, beam_width: int = 1,
+        max_tokens: int | None = None, sampling_params: SamplingParams | None = None, stream: bool = False,
+        priority: int = 0, use_tqdm: bool | None = None, return_exceptions: bool = False,
+    ) -> list[TranslationOutput] | Iterator[str]:  # fmt: skip
+        """Translate texts of any length: by a translation model sentence by sentence, by a chat model line by line.
+        Blanks and line ends stay as they are; all sentences of all texts run in one batch.
+
+        source, target: languages by English name ("French"), ISO 639 code ("fr", "fra"), tag ("pt-BR") or FLORES-200
+        code ("fra_Latn"). A model of one pair needs neither. max_tokens: of a sentence. sampling_params: instead of
+        the most likely tokens. stream: yield one text in pieces, a sentence each, as they are done, in order.
+        use_tqdm: a bar over sentences. return_exceptions: as for `generate`.
+
+        Raises `RequestError`; for an unknown language it suggests the nearest.
+        """
+        from octavo.translation.job import plan_translation
+
+        job = plan_translation(
+            self, texts, source, target, max_tokens=max_tokens, beam_width=beam_width, sampling_params=sampling_params
+        )
+        if stream:
+            if len(job.texts) != 1:
+                raise RequestError("stream=True takes one text", "stream")
+            return self._stream_translation(job, priority)
+        params = [job.params] * len(job.prompts)
+        outputs = self._run(job.prompts, params, priority, use_tqdm, True, special=not job.chats)
+        return settled(job.outputs(outputs), return_exceptions)
+
+    def _stream_translation(self, job: TranslationJob, priority: int) -> Iterator[str]:
+        """All sentences run at once; each is given out when those before it are."""
+        if not job.prompts:
+            yield job.originals[0]
+            return
+        streams = [self._stream(prompt, job.params, priority, special=not job.chats) for prompt in job.prompts]
+        try:
+            for place, sentence in enumerate(streams):
+                for _ in sentence:
+                    pass
+                yield job.pieces(place, sentence.output.text)
+        finally:
+            for sentence in streams:
+                sentence.close()
 
     def _stream(
         self, prompt: Prompt, params: SamplingParams | None, priority: int, *, special: bool = True

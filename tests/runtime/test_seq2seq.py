@@ -1,5 +1,5 @@
-"""Encoder-decoders: numbers and tokens as transformers has them, in whatever batch; sources that are encoded once, shared
-and given back."""
+"""Encoder-decoders: numbers and tokens as transformers has them, in whatever batch; sources that are encoded once,
+shared and given back."""
 
 from __future__ import annotations
 

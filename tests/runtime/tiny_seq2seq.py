@@ -1,5 +1,5 @@
-"""Tiny encoder-decoders of every family with wide random weights (as in `tiny_models`), made by transformers, and engines
-around them."""
+"""Tiny encoder-decoders of every family with wide random weights (as in `tiny_models`), made by transformers, and
+engines around them."""
 
 from __future__ import annotations
 

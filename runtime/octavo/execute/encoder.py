@@ -23,7 +23,7 @@ from octavo.models.bert import BertFamily
 from octavo.models.encoder_config import EncoderConfig
 from octavo.models.loader import fill
 from octavo.models.sources import ModelFiles
-from octavo.models.weights import SafetensorsWeights, WeightReader, open_dummy
+from octavo.models.weights import WeightReader, open_dummy, open_folder
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -72,7 +72,7 @@ def build_encoder(
     threads = limit_torch_threads()
     loaded = BertFamily(model, dtype=resolved.dtype, device=resolved.device)
     dummy = config.load_format == "dummy"
-    with open_dummy() if dummy else SafetensorsWeights(files.path) as reader, torch.inference_mode():
+    with open_dummy() if dummy else open_folder(files) as reader, torch.inference_mode():
         _fill(loaded, reader, dummy=dummy, progress=progress)
         loaded.finish()
     runner = EncoderRunner(loaded, resolved.dtype, resolved.device)

@@ -32,7 +32,7 @@ from octavo.models.m2m100 import M2M100Family
 from octavo.models.seq2seq_config import Seq2SeqConfig, refuse_on
 from octavo.models.sources import ModelFiles
 from octavo.models.t5 import T5Family
-from octavo.models.weights import SafetensorsWeights, WeightReader, open_dummy
+from octavo.models.weights import WeightReader, open_dummy, open_folder
 
 Family = M2M100Family | T5Family
 
@@ -85,7 +85,7 @@ def build_seq2seq(
     """Load the model and put an engine around it."""
     threads = limit_torch_threads()
     dummy = config.load_format == "dummy"
-    with open_dummy() if dummy else SafetensorsWeights(files.path) as reader:
+    with open_dummy() if dummy else open_folder(files) as reader:
         model = load_seq2seq(reader, model_config, resolved, dummy=dummy, progress=progress)
     turns: AbstractContextManager[None] = nullcontext()
     if resolved.device.type == "cpu":
