@@ -72,7 +72,7 @@ def make_seq2seq(name: str, folder: Path, *, seed: int = 0, spread: float = 1.0,
 def _give_own_head(folder: Path) -> None:
     """As the published files of version 1.1 have it."""
     tensors = load_file(folder / "model.safetensors")
-    tensors["lm_head.weight"] = 0.25 * torch.randn(VOCABULARY, 32)
+    tensors["lm_head.weight"] = 0.25 * torch.randn(tensors["shared.weight"].shape)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": False}))

@@ -67,7 +67,8 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         except RuntimeError:  # the format of torch before 1.6 cannot be mapped
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many classes, and whatever a broken file makes of them
-        message = f"holds more than tensors, or is broken, and was not read: {str(error).splitlines()[0][:200]}"
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        message = f"holds more than tensors, or is broken, and was not read: {reason}"
         raise ModelFileError(message, str(path)) from error
     if not isinstance(found, dict) or not all(
         isinstance(name, str) and type(value) is torch.Tensor for name, value in found.items()

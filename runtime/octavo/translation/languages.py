@@ -41,13 +41,20 @@ class Language:
 
     def fit(self, other: Language) -> int:
         """How well this, which somebody asked for, is met by a model's `other`; 0: not at all."""
+        if self.code != other.code:
+            return 0
+        (script, region), (its_script, its_region) = self._usual(), other._usual()
+        if self.script and its_script != script:
+            return 0
+        return 1 + 4 * (script == its_script) + 2 * (region == its_region)
+
+    def _usual(self) -> tuple[str | None, str | None]:
+        """Script and region, the most likely ones where they were not said."""
         import langcodes
 
-        if self.code != other.code or (self.script and other.script and self.script != other.script):
-            return 0
-        usual = langcodes.get(self.code).maximize()
-        script, region = self.script or usual.script or "", self.region or usual.territory or ""
-        return 1 + 4 * ((other.script or usual.script) == script) + 2 * ((other.region or usual.territory) == region)
+        tag = "-".join(part for part in (self.code, self.script, self.region) if part)
+        full = langcodes.get(tag, normalize=False).maximize()
+        return full.script, full.territory
 
 
 def language_name(tag: str) -> str:
@@ -77,7 +84,7 @@ def _parse(name: str) -> Language | None:
             return found
     try:
         return Language.of(langcodes.find(name).to_tag())
-    except LookupError:
+    except Exception:  # LookupError as a rule; of some texts its trie makes a SystemError
         return None
 
 

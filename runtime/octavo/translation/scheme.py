@@ -171,11 +171,19 @@ def _marian(folder: Path, settings: Mapping[str, Any], config: Seq2SeqConfig) ->
 def _m2m100(folder: Path, settings: Mapping[str, Any], config: Seq2SeqConfig) -> Scheme:
     vocab = read_vocabulary(folder / "vocab.json")
     names = [token for token in special_tokens(folder, settings) if _M2M100.fullmatch(token)]
-    if not names:
-        message = "names no language: additional_special_tokens must have tokens such as '__en__'"
-        raise ModelFileError(message, str(folder / "tokenizer_config.json"))
+    names = names or [f"__{code}__" for code in _listed_languages(folder, settings)]
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", **settings}
     tokenizer = PieceTokenizer(folder / "sentencepiece.bpe.model", vocab, names, named, codes=False)
     tokens = {name.strip("_"): len(vocab) + place for place, name in enumerate(names)}
     default = settings.get("src_lang") or "en"
     return LanguageTokens(tokenizer, config, tokens, default=default if default in tokens else None)
+
+
+def _listed_languages(folder: Path, settings: Mapping[str, Any]) -> list[str]:
+    """Of a folder that transformers 5 saved: it names a list that transformers has."""
+    from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES
+
+    name = settings.get("language_codes", "m2m100")
+    if name not in FAIRSEQ_LANGUAGE_CODES:
+        raise ModelFileError("names no list of languages", str(folder / "tokenizer_config.json"), "language_codes")
+    return list(FAIRSEQ_LANGUAGE_CODES[name])
