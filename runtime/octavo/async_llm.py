@@ -8,6 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Self
 
 from octavo.client import Client, Message, Prompt
@@ -269,15 +270,16 @@ class AsyncLLM(Client):
         job = await self._plan([text], source, target, max_tokens, beam_width, sampling_params)
         if not job.prompts:
             yield job.originals[0]
-            return
-        streams = [self._stream(prompt, job.params, priority, special=not job.chats) for prompt in job.prompts]
+        waiting, running = iter(job.prompts), deque[AsyncTokenStream]()
         try:
-            for place, sentence in enumerate(streams):
-                async for _ in sentence:
+            for place in range(len(job.prompts)):
+                for prompt in islice(waiting, self.engine.limits.max_num_seqs - len(running)):
+                    running.append(self._stream(prompt, job.params, priority, special=not job.chats))
+                async for _ in running[0]:
                     pass
-                yield job.pieces(place, sentence.output.text)
+                yield job.pieces(place, running.popleft().output.text)
         finally:
-            for sentence in streams:
+            for sentence in running:
                 sentence.close()
 
     async def _plan(

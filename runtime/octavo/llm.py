@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import queue
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
@@ -229,18 +231,19 @@ class LLM(Client):
         return settled(job.outputs(outputs), return_exceptions)
 
     def _stream_translation(self, job: TranslationJob, priority: int) -> Iterator[str]:
-        """All sentences run at once; each is given out when those before it are."""
+        """As many sentences as have rows run at once; each is given out when those before it are."""
         if not job.prompts:
             yield job.originals[0]
-            return
-        streams = [self._stream(prompt, job.params, priority, special=not job.chats) for prompt in job.prompts]
+        waiting, running = iter(job.prompts), deque[TokenStream]()
         try:
-            for place, sentence in enumerate(streams):
-                for _ in sentence:
+            for place in range(len(job.prompts)):
+                for prompt in islice(waiting, self.engine.limits.max_num_seqs - len(running)):
+                    running.append(self._stream(prompt, job.params, priority, special=not job.chats))
+                for _ in running[0]:
                     pass
-                yield job.pieces(place, sentence.output.text)
+                yield job.pieces(place, running.popleft().output.text)
         finally:
-            for sentence in streams:
+            for sentence in running:
                 sentence.close()
 
     def _stream(

@@ -91,6 +91,8 @@ class _Prepared(PreparedAttention):
         self, q: torch.Tensor, cache: LayerCache, *, scale: float, window: int,
         distance_bias: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
+        if distance_bias is not None:
+            raise NotImplementedError("a bias by distance")  # refused when an engine starts
         step = self.inputs
         fresh = self.fresh if window <= 0 else []
         if len(fresh) == 1 and fresh[0].count == len(q):  # nothing to put together
