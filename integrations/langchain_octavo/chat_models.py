@@ -205,8 +205,9 @@ class ChatOctavo(AllAtOnce, LeavableStreams, EngineFields, SamplingFields, BaseC
                     yield event
 
     def _one_output(self, kwargs: dict[str, Any]) -> bool:
-        counts = [kwargs.get(name) or getattr(self, name) or 1 for name in ("n", "best_of")]
-        return max(counts) == 1
+        asked = {name: kwargs.get(name) or getattr(self, name) or 1 for name in ("n", "best_of")}
+        searches = kwargs.get("use_beam_search") or self.use_beam_search
+        return (asked["n"] if searches else max(asked.values())) == 1
 
     def _should_stream(self, *, async_api: bool, run_manager: Any = None, **kwargs: Any) -> bool:
         # several outputs cannot be streamed, but callbacks that would like tokens must not make `invoke` fail
@@ -290,7 +291,7 @@ class ChatOctavo(AllAtOnce, LeavableStreams, EngineFields, SamplingFields, BaseC
 
 
 def _streamable(chat: ChatPlan) -> ChatPlan:
-    if chat.params.width > 1:
+    if chat.params.choices > 1:
         name = "n" if chat.params.n > 1 else "best_of"
         raise RequestError(f"{name} above 1 cannot be streamed: leave it out, or use invoke or generate", name)
     return chat

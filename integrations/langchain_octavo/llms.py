@@ -42,8 +42,8 @@ class OctavoLLM(AllAtOnce, LeavableStreams, EngineFields, SamplingFields, BaseLL
     top_p: float | None = 1.0
     top_k: int | None = -1
     n: int | None = 1
-    use_beam_search: bool = False
-    """Not supported yet."""
+    use_beam_search: bool | None = False
+    """Search by `beam_width` beams, or `best_of` as in vLLM."""
     tensor_parallel_size: int | None = 1
     """Only 1 is supported yet."""
     trust_remote_code: bool | None = False
@@ -64,8 +64,6 @@ class OctavoLLM(AllAtOnce, LeavableStreams, EngineFields, SamplingFields, BaseLL
         return self.engine_kwargs
 
     def _check(self) -> None:
-        if self.use_beam_search:
-            raise ConfigError("use_beam_search=True is not supported yet: leave it out", "use_beam_search")
         if self.download_dir is not None:
             raise ConfigError(
                 "download_dir is not supported: set OCTAVO_CACHE to the folder where models shall be kept",
@@ -176,7 +174,7 @@ class OctavoLLM(AllAtOnce, LeavableStreams, EngineFields, SamplingFields, BaseLL
 
     def _call(self, prompt: str, stop: list[str] | None, kwargs: Mapping[str, Any], client: Client) -> Call:
         params = self._sampling(stop, self._given(kwargs), client)
-        if params.width > 1:
+        if params.choices > 1:
             name = "n" if params.n > 1 else "best_of"
             raise RequestError(f"{name} above 1 cannot be streamed: leave it out, or use invoke or generate", name)
         return prompt, params
@@ -210,7 +208,7 @@ class OctavoLLM(AllAtOnce, LeavableStreams, EngineFields, SamplingFields, BaseLL
 def _wanted(managers: Sequence[Any], prompts: Sequence[str], params: SamplingParams) -> bool:
     """Whether anybody listens for tokens. Not of outputs that may not be among the best."""
     listening = len(managers) == len(prompts) and any(manager.handlers for manager in managers)
-    return listening and params.width == params.n
+    return listening and params.choices == params.n
 
 
 def _chunk(client: Client, piece: StreamPiece, model: str = "") -> GenerationChunk:
@@ -238,4 +236,6 @@ def _generation(client: Client, model: str, choice: CompletionOutput, metrics: R
         info["logprobs"] = logprobs(client.tokenizer, choice.token_ids, choice.logprobs)
     if choice.cumulative_logprob is not None:
         info["cumulative_logprob"] = choice.cumulative_logprob
+    if choice.score is not None:
+        info["score"] = choice.score
     return Generation(text=choice.text, generation_info=info)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 from octavo.client import Client
 from octavo.sampling_params import SamplingParams
@@ -44,6 +44,12 @@ class SamplingFields(BaseModel):
     """Log-probabilities of the chosen tokens and of this many most likely ones, in `response_metadata["logprobs"]`."""
     prompt_logprobs: int | None = None
     seed: int | None = None
+    no_repeat_ngram_size: int | None = None
+    use_beam_search: bool | None = None
+    """Search for the likeliest answers, by `beam_width` beams; the model's own temperature does not count then."""
+    beam_width: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
     structured_outputs: StructuredOutputsParams | None = None
     skip_special_tokens: bool | None = None
     detokenize: bool | None = None
@@ -57,8 +63,10 @@ class SamplingFields(BaseModel):
 
         Raises `RequestError` that names the field.
         """
-        values = {"max_tokens": None, **({} if client is None else model_defaults(client)), **self._given_sampling()}
+        values = {"max_tokens": None, **self._given_sampling()}
         values |= {name: value for name, value in given.items() if value is not None or name == "max_tokens"}
+        if client is not None and not values.get("use_beam_search"):
+            values = {**model_defaults(client), **values}
         if stop is not None:
             values["stop"] = stop
         return SamplingParams(**values)

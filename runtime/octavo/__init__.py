@@ -18,6 +18,8 @@ _HOME = {
     "LLM": "octavo.llm",
     "AsyncLLM": "octavo.async_llm",
     "SamplingParams": "octavo.sampling_params",
+    "BeamSearchParams": "octavo.beam_search",
+    "BeamSearchOutput": "octavo.beam_search",
     "StructuredOutputsParams": "octavo.structured_outputs",
     "EngineConfig": "octavo.config",
     "RequestOutput": "octavo.outputs",
@@ -43,6 +45,8 @@ __all__ = ["__version__", *_HOME]  # pyright: ignore
 
 if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM as AsyncLLM
+    from octavo.beam_search import BeamSearchOutput as BeamSearchOutput
+    from octavo.beam_search import BeamSearchParams as BeamSearchParams
     from octavo.config import EngineConfig as EngineConfig
     from octavo.errors import ConfigError as ConfigError
     from octavo.errors import DownloadError as DownloadError

@@ -11,6 +11,7 @@ from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Self
 
+from octavo.beam_search import BeamSearchOutput, BeamSearchParams, beam_search_output, checked_params
 from octavo.client import Client, Message, Prompt
 from octavo.decode.assemble import Assembler
 from octavo.engine.contract import Work
@@ -197,6 +198,18 @@ class AsyncLLM(Client):
         batch = _as_batch(prompts)
         return await self._run(batch, _each(sampling_params, len(batch)), priority, return_exceptions)
 
+    async def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, priority: int = 0,
+        return_exceptions: bool = False,
+    ) -> list[BeamSearchOutput]:  # fmt: skip
+        """See `LLM.beam_search`."""
+        sampling = checked_params(params)
+        outputs = await self.generate(prompts, sampling, priority=priority, return_exceptions=return_exceptions)
+        return [
+            beam_search_output(self.tokenizer, output, sampling) if isinstance(output, RequestOutput) else output
+            for output in outputs
+        ]
+
     def chat_stream(
         self,
         messages: Sequence[Message],
@@ -297,7 +310,7 @@ class AsyncLLM(Client):
     def _stream(
         self, prompt: Prompt, params: SamplingParams | None, priority: int, *, special: bool = True
     ) -> AsyncTokenStream:
-        if params is not None and isinstance(params, SamplingParams) and params.width > params.n:
+        if params is not None and isinstance(params, SamplingParams) and params.choices > params.n:
             raise RequestError("best_of above n cannot be streamed: the best are known at the end", "best_of")
         stream = self._prepare(prompt, params, priority, special)
         request, service = stream._assembler.request, stream._service

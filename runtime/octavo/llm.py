@@ -12,6 +12,7 @@ from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
+from octavo.beam_search import BeamSearchOutput, BeamSearchParams, beam_search_output, checked_params
 from octavo.client import Client, Message, Prompt
 from octavo.console import batch_progress
 from octavo.decode.assemble import Assembler
@@ -158,6 +159,19 @@ class LLM(Client):
         params = _each(sampling_params, len(prompts))
         return self._run(prompts, params, priority, use_tqdm, return_exceptions, special=False)
 
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool | None = False,
+        priority: int = 0, return_exceptions: bool = False,
+    ) -> list[BeamSearchOutput]:  # fmt: skip
+        """The `beam_width` likeliest continuations that a search finds, for one prompt or many; the arguments are
+        those of `generate`. All searches and their beams run in one batch with everything else."""
+        batch, sampling = _as_batch(prompts), checked_params(params)
+        outputs = self._run(batch, [sampling] * len(batch), priority, use_tqdm, return_exceptions)
+        return [
+            beam_search_output(self.tokenizer, output, sampling) if isinstance(output, RequestOutput) else output
+            for output in outputs
+        ]
+
     def embed(
         self, texts: str | Sequence[str], *, prompt_name: str | None = None, return_exceptions: bool = False
     ) -> list[EmbeddingOutput]:
@@ -249,7 +263,7 @@ class LLM(Client):
     def _stream(
         self, prompt: Prompt, params: SamplingParams | None, priority: int, *, special: bool = True
     ) -> TokenStream:
-        if params is not None and isinstance(params, SamplingParams) and params.width > params.n:
+        if params is not None and isinstance(params, SamplingParams) and params.choices > params.n:
             raise RequestError("best_of above n cannot be streamed: the best are known at the end", "best_of")
         events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
         assembler = self.make_request(prompt, params, events.put, priority=priority, special=special)

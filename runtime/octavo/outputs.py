@@ -26,12 +26,14 @@ class CompletionOutput:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
-    """Sum over the tokens; None unless `logprobs` or `best_of` asked for it."""
+    """Sum over the tokens; None unless `logprobs`, `best_of` or `use_beam_search` asked for it."""
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
     """"stop" (end-of-sequence, stop token or stop string), "length" or "abort"."""
     stop_reason: int | str | None = None
     """The stop token or stop string that ended it; None for end-of-sequence."""
+    score: float | None = None
+    """By which a beam search ranks: the sum of log-probabilities over (tokens ** `length_penalty`)."""
 
     def finished(self) -> bool:
         return self.finish_reason is not None

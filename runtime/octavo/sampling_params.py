@@ -6,15 +6,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from octavo.errors import RequestError
 from octavo.structured_outputs import StructuredOutputsParams
 
 T = TypeVar("T")
+EarlyStopping = bool | Literal["never"]
 
 MAX_LOGPROBS = 100
 MAX_CHOICES = 128
+DEFAULT_WIDTH = 4
 MAX_INT32 = 2**31 - 1
 GREEDY_BELOW = 1e-5
 """A temperature below this is 0: in float32 the logits over it would overflow, and nobody could tell it from greedy."""
@@ -24,9 +26,9 @@ GREEDY_BELOW = 1e-5
 class SamplingParams:
     """Sampling parameters of one request.
 
-    The order of work on the logits: `structured_outputs`, `allowed_token_ids`, `bad_words`, `min_tokens`, `logit_bias`,
-    repetition, frequency and presence penalties, `temperature`, `min_p`, `top_k`, `top_p`. Log-probabilities are those
-    of the raw logits.
+    The order of work on the logits: `structured_outputs`, `allowed_token_ids`, `bad_words`,
+    `no_repeat_ngram_size`, `min_tokens`, `logit_bias`, repetition, frequency and presence penalties, `temperature`,
+    `min_p`, `top_k`, `top_p`. Log-probabilities are those of the raw logits.
 
     Raises `RequestError` (a `ValueError`) whose `field` names the parameter that is out of range.
     """
@@ -74,6 +76,18 @@ class SamplingParams:
     seed: int | None = None
     """The same request with the same seed gives the same tokens, whatever else runs. None: drawn from the engine's
     seed."""
+    no_repeat_ngram_size: int = 0
+    """No run of so many tokens stands twice in prompt and output together; 0: any may."""
+    use_beam_search: bool = False
+    """Search for the `n` outputs with the highest `score` instead of drawing tokens. Temperature and filters do not
+    apply; processors and penalties change log-probabilities then, not logits. As transformers' `num_beams`."""
+    beam_width: int | None = None
+    """Beams that are followed at once, at least `n`; 1 is greedy. None: `best_of`, else 4 or `n`."""
+    length_penalty: float = 1.0
+    """An output's score is its sum of log-probabilities over (its tokens ** this): above 0 favours long outputs."""
+    early_stopping: EarlyStopping = False
+    """When a search ends: True as soon as `beam_width` outputs are finished; False when no beam could become better at
+    its present length; "never" when none could at any length."""
     structured_outputs: StructuredOutputsParams | None = None
     """The form that the output must have. It ends when the form is complete."""
     skip_special_tokens: bool = True
@@ -106,7 +120,8 @@ class SamplingParams:
                 _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
         if self.seed is not None:
             _integer("seed", self.seed, -(2**63), 2**63 - 1)
-        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize"):
+        flags = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize", "use_beam_search")
+        for name in flags:
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be True or False, not {getattr(self, name)!r}", name)
         set_(self, "stop", _strings("stop", self.stop))
@@ -126,17 +141,61 @@ class SamplingParams:
                 f"structured_outputs must be StructuredOutputsParams, not {type(self.structured_outputs).__name__}",
                 "structured_outputs",
             )
+        _integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, MAX_INT32)
+        self._check_search()
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=True", "stop")
+
+    def _check_search(self) -> None:
+        _number("length_penalty", self.length_penalty, -5.0, 5.0)
+        if self.early_stopping not in (True, False, "never"):
+            raise RequestError(
+                f'early_stopping must be True, False or "never", not {self.early_stopping!r}', "early_stopping"
+            )
+        if self.beam_width is not None:
+            _integer("beam_width", self.beam_width, 1, MAX_CHOICES)
+        if not self.use_beam_search:
+            defaults = {"beam_width": None, "length_penalty": 1.0, "early_stopping": False}
+            for name, default in defaults.items():
+                if getattr(self, name) != default:
+                    raise RequestError(f"{name} needs use_beam_search=True", name)
+            return
+        width = self.width
+        if self.best_of not in (None, width):
+            raise RequestError(f"best_of={self.best_of} is not beam_width={width}: give one of them", "best_of")
+        if width < self.n:
+            raise RequestError(f"beam_width must be at least n={self.n}, not {width}", "beam_width")
+        if self.temperature not in (0.0, 1.0):
+            raise RequestError(f"temperature={self.temperature:g} does not apply to a beam search: leave it out",
+                               "temperature")  # fmt: skip
+        object.__setattr__(self, "temperature", 0.0)  # one beam alone takes the likeliest token
+        unused = {"top_p": 1.0, "min_p": 0.0, "logprobs": None, "prompt_logprobs": None, "structured_outputs": None}
+        for name, value in {**unused, "stop": ()}.items():
+            if getattr(self, name) != value:
+                raise RequestError(f"{name} cannot go with use_beam_search: leave it out", name)
+        if self.top_k > 0:
+            raise RequestError("top_k cannot go with use_beam_search: leave it out", "top_k")
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
 
     @property
+    def searches(self) -> bool:
+        """By beams: one alone is greedy."""
+        return self.use_beam_search and self.width > 1
+
+    @property
     def width(self) -> int:
-        """Sequences made for the request: `best_of`, else `n`."""
+        """Sequences made for the request: of a search `beam_width`, else `best_of`, else `n`."""
+        if self.use_beam_search:
+            return self.beam_width or self.best_of or max(DEFAULT_WIDTH, self.n)
         return self.best_of or self.n
+
+    @property
+    def choices(self) -> int:
+        """Outputs that the engine sends: of a search the best, else one for each sequence."""
+        return self.n if self.searches else self.width
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:

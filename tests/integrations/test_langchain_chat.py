@@ -120,12 +120,30 @@ def test_every_sampling_parameter_is_a_field_and_an_argument(chat: ChatOctavo) -
         "presence_penalty": 0.1, "frequency_penalty": 0.1, "repetition_penalty": 1.1, "logit_bias": {5: 1.0},
         "bad_words": ["y"], "allowed_token_ids": [5, 6, 7], "logprobs": 1, "prompt_logprobs": 1, "seed": 4,
         "structured_outputs": StructuredOutputsParams(regex="[ab]+"), "skip_special_tokens": False, "detokenize": True,
+        "no_repeat_ngram_size": 3, "use_beam_search": False,
     }  # fmt: skip
-    assert set(values) == names
+    search = {"use_beam_search": True, "beam_width": 5, "length_penalty": 0.5, "early_stopping": "never"}
+    assert {*values, *search} == names
+    found = SamplingParams(max_tokens=None, **search)
+    assert ChatOctavo(**search)._sampling(None, {}, None) == chat._sampling(None, search | {"max_tokens": None}, None)
+    assert ChatOctavo(**search)._sampling(None, {}, None) == found
     expected = SamplingParams(**values)
     assert ChatOctavo(**values)._sampling(None, {}, None) == expected
     assert chat._sampling(None, values, None) == expected
     assert ChatOctavo()._sampling(None, {}, None).max_tokens is None, "up to the model's length"
+
+
+def test_beam_search_and_its_stream(chat: ChatOctavo) -> None:
+    """Also where somebody listens for tokens, and beside a temperature that the model's own files give."""
+    search: dict[str, Any] = {"use_beam_search": True, "best_of": 3, "max_tokens": 14, "temperature": 1.0}
+    with LLM() as llm:
+        params = SamplingParams(use_beam_search=True, beam_width=3, max_tokens=14)
+        expected = llm.chat([{"role": "user", "content": QUESTION}], params)[0].text
+    assert chat.invoke(QUESTION, **search).content == expected
+    chunks = [chunk.content for chunk in chat.stream(QUESTION, **search)]
+    assert "".join(map(str, chunks)) == expected
+    with pytest.raises(RequestError, match="n above 1"):
+        list(chat.stream(QUESTION, **search, n=2))
 
 
 def test_the_models_own_defaults_count_where_nothing_is_given(tiny_model: Path, tmp_path: Path) -> None:

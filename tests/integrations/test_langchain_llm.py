@@ -50,7 +50,7 @@ def test_the_fields_of_vllm_and_their_defaults() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("use_beam_search", True), ("tensor_parallel_size", 2), ("download_dir", "/models"), ("speculative_config", {})],
+    [("tensor_parallel_size", 2), ("download_dir", "/models"), ("speculative_config", {})],
 )
 def test_what_the_engine_cannot_honour_is_named(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=name) as raised:
@@ -102,6 +102,23 @@ def test_the_best_of_several(keeper: OctavoLLM) -> None:
     assert ranked == sorted(ranked, reverse=True)
     with pytest.raises(RequestError, match="best_of"):
         list(keeper.stream("Once", best_of=2))
+
+
+def test_beam_search_as_with_vllm(keeper: OctavoLLM) -> None:
+    """`best_of` is the number of beams, as it was there. All of a batch, and a stream, search in the engine."""
+    prompts = ["The capital of France is", "Water boils at"]
+    with LLM() as llm:
+        params = SamplingParams(use_beam_search=True, beam_width=3, n=2, max_tokens=12)
+        expected = [[choice.text for choice in output.outputs] for output in llm.generate(prompts, params)]
+    llm = OctavoLLM(use_beam_search=True, best_of=3, n=2, max_new_tokens=12)
+    result = llm.generate(prompts)
+    assert [[choice.text for choice in choices] for choices in result.generations] == expected
+    for choices in result.generations:
+        scores = [choice.generation_info["score"] for choice in choices]  # type: ignore[index]
+        assert scores == sorted(scores, reverse=True)
+    search: dict[str, Any] = {"use_beam_search": True, "beam_width": 3}
+    assert keeper.invoke(prompts[0], **search) == expected[0][0]
+    assert "".join(keeper.stream(prompts[0], **search)) == expected[0][0]
 
 
 def test_a_stream_has_the_figures_at_its_end(keeper: OctavoLLM) -> None:

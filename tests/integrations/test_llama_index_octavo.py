@@ -42,8 +42,15 @@ def test_every_sampling_parameter_is_a_field_and_an_argument() -> None:
         "presence_penalty": 0.1, "frequency_penalty": 0.2, "repetition_penalty": 1.1, "logit_bias": {5: 1.0},
         "bad_words": ["no"], "allowed_token_ids": [5, 6], "logprobs": 1, "prompt_logprobs": 1, "seed": 4,
         "structured_outputs": {"regex": "a+"}, "skip_special_tokens": False, "detokenize": True,
+        "no_repeat_ngram_size": 3, "use_beam_search": False,
     }  # fmt: skip
-    assert set(values) == names, "a new parameter needs a field of Octavo and a line here"
+    search = {"use_beam_search": True, "beam_width": 5, "length_penalty": 0.5, "early_stopping": "never"}
+    assert {*values, *search} == names, "a new parameter needs a field of Octavo and a line here"
+    found = SamplingParams(max_tokens=None, **search)
+    assert Octavo(**search).sampling_params({}) == Octavo().sampling_params(search) == found
+    assert Octavo.from_json(Octavo(**search).to_json()).sampling_params({}) == found
+    with pytest.raises(RequestError, match="temperature"):
+        Octavo(**search, temperature=0.5)
     by_fields, by_kwargs = Octavo(**values), Octavo(additional_kwargs=values)
     assert by_fields.sampling_params({}) == by_kwargs.sampling_params({}) == Octavo().sampling_params(values)
     for name, value in values.items():
@@ -51,6 +58,16 @@ def test_every_sampling_parameter_is_a_field_and_an_argument() -> None:
         assert made == value or name in ("stop", "structured_outputs") or made == tuple(value), name
     again = Octavo.from_json(by_fields.to_json())
     assert again.sampling_params({}) == by_fields.sampling_params({})
+
+
+def test_beam_search_by_every_call(loaded: LLM) -> None:
+    search = {"use_beam_search": True, "beam_width": 3, "max_tokens": 12}
+    expected = loaded.chat([{"role": "user", "content": "Name a colour."}], SamplingParams(**search))[0].text
+    llm = Octavo(**search)
+    assert llm.chat(USER).message.content == expected
+    assert Octavo(max_tokens=12).complete("Name a colour.", use_beam_search=True, beam_width=3).text == expected
+    *_, last = llm.stream_chat(USER)
+    assert last.message.content == expected
 
 
 def test_a_call_goes_before_additional_kwargs_and_these_before_fields() -> None:

@@ -10,19 +10,21 @@ import torch
 from octavo import SamplingParams
 from octavo.decode.sampler import Mask, SampledRows
 from octavo.engine.core import EngineCore
-from octavo.engine.request import RawLogprobs, Request, TokenEvent
+from octavo.engine.request import BeamEvent, RawLogprobs, Request, TokenEvent
 
 _numbers = itertools.count()
 Key = tuple[str, int]
 
 
 class Driver:
-    """`tokens`, `finish`, `errors`, `logprobs`: by (request id, index). `logits`: also by position, if `record`."""
+    """`tokens`, `finish`, `errors`, `logprobs`, `scores`: by (request id, index). `logits`: also by position, if
+    `record`."""
 
     def __init__(self, core: EngineCore, *, record: bool = False) -> None:
         self.core = core
         self.tokens: dict[Key, list[int]] = {}
         self.finish: dict[Key, str] = {}
+        self.scores: dict[Key, float] = {}
         self.errors: dict[Key, BaseException] = {}
         self.logprobs: dict[Key, list[RawLogprobs]] = {}
         self.prompt_logprobs: dict[Key, list[RawLogprobs]] = {}
@@ -60,6 +62,8 @@ class Driver:
             self.logprobs.setdefault(key, []).extend(event.logprobs)
         if event.prompt_logprobs is not None:
             self.prompt_logprobs.setdefault(key, []).extend(event.prompt_logprobs)
+        if isinstance(event, BeamEvent):
+            self.scores[key] = event.score
         if event.finish_reason is not None:
             self.finish[key] = event.finish_reason
         if event.error is not None:

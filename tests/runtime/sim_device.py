@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from octavo.engine.plan import Masks, StepPlan
-from octavo.engine.request import Request, TokenEvent
+from octavo.decode.beam import BeamSearch, Candidates
+from octavo.engine.plan import Masks, SearchedStep, StepPlan
+from octavo.engine.request import BeamEvent, Request, Sequence, TokenEvent
 from octavo.engine.scheduler import Scheduler
 from octavo.errors import RequestFailedError
 
@@ -48,12 +49,44 @@ def expected_tokens(request: Request, seed: int) -> tuple[list[int], str]:
             return made, "length"
 
 
+def next_candidates(state: int, score: float, keep: int) -> Candidates:
+    """Log-probabilities are multiples of 1/64, so that their sums are exact; the end is likely."""
+    sixtyfourths = [-(hash((state, token)) % 640) // (3 if token == EOS else 1) for token in range(VOCABULARY)]
+    best = sorted((-score - some / 64, token) for token, some in enumerate(sixtyfourths))[:keep]
+    return Candidates([token for _, token in best], [-negative for negative, _ in best])
+
+
+def expected_search(request: Request) -> list[tuple[list[int], str]]:
+    """Outputs and finish reasons of a beam search, by the definition: it knows no blocks, and no steps but its own."""
+    params = request.params
+    search = BeamSearch(
+        params.width, returned=params.n, ends=request.eos_token_ids, max_tokens=request.max_tokens,
+        length_penalty=params.length_penalty, early_stopping=params.early_stopping,
+    )  # fmt: skip
+    beams: list[tuple[list[int], float]] = [([], 0.0)]
+    while not search.done:
+        found = []
+        for tokens, score in beams:
+            state = root(request.cache_salt)
+            for token in [*request.prompt_ids, *tokens]:
+                state = digest(state, token)
+            found.append(next_candidates(state, score, search.keep))
+        children = search.select([tokens for tokens, _ in beams], found)
+        beams = [([*beams[child.parent][0], child.token], child.score) for child in children]
+    return [(found.tokens, "stop" if found.ended else "length") for found in search.finished[: params.n]]
+
+
 @dataclass
 class _Row:
     tokens: list[int]
     seed: int
     salt: bytes
     table: dict[int, int] = field(default_factory=dict)
+
+
+def _untold(sequence: Sequence) -> bool:
+    """It was forked, and the device does not know of it yet: what stands in its row is another one's."""
+    return sequence.beam is not None and sequence.beam.fork_epoch == sequence.epoch
 
 
 @dataclass
@@ -80,7 +113,7 @@ class SimDevice:
         self.fail_launch = self.fail_wait = False
         self.raise_on: int | None = None
         """A token id: every step that computes it raises."""
-        self.steps = self.copied = 0
+        self.steps = self.copied = self.most_used = 0
         self.shared_most = 0
         """The most blocks that some step's sequences had in common, times the others of them."""
 
@@ -101,7 +134,12 @@ class SimDevice:
                 if step.samples:
                     self.rows[step.row].tokens.append(-1)
             return _Done([], RuntimeError("the device failed late"))
-        return _Done([self._read(step.row, step.start + step.count, step.samples) for step in plan.steps], None)
+        searched = {step.entry: step for step in plan.searched}
+        events = [
+            self._read(step.row, step.start + step.count, step.samples, searched.get(entry))
+            for entry, step in enumerate(plan.steps)
+        ]
+        return _Done(events, None)
 
     def _inputs(self, row: int, start: int, count: int) -> list[int]:
         return self.rows[row].tokens[start : start + count]
@@ -116,6 +154,8 @@ class SimDevice:
         destinations = [destination for _, destination in plan.copies]
         assert len(set(destinations)) == len(destinations), "a block is copied onto twice"
         assert 0 not in destinations, "the null block is written"
+        for number, (copied, _) in enumerate(plan.copies):
+            assert copied not in destinations[:number], "a block is written before it is read"
         places = [(row, index) for row, index, _ in plan.new_blocks]
         assert len(set(places)) == len(places), "two blocks have one place: a device may apply either last"
         new_rows = [new.row for new in plan.new_rows]
@@ -139,11 +179,16 @@ class SimDevice:
             self.slots[destination] = content
         self.copied += sum(source != 0 for source, _ in plan.copies)
         by_row = {sequence.row: sequence for sequence in self.scheduler.running}
+        self.most_used = max(self.most_used, self.scheduler.pool.used)
         for new in plan.new_rows:
             salt = by_row[new.row].request.cache_salt
             self.rows[new.row] = _Row(list(new.tokens), new.seed, salt)
         for row, index, block in plan.new_blocks:
             self.rows[row].table[index] = block
+        for row, position, token in plan.tokens:
+            known = self.rows[row].tokens
+            assert len(known) >= position, "a token comes after one that the row does not have"
+            known[position:] = [token]
 
     def _states(self, row: _Row, end: int) -> list[int | str]:
         states: list[int | str] = []
@@ -160,12 +205,12 @@ class SimDevice:
         for position in range(start, start + count):
             block = row.table[position // self.size]
             for other_number, other in self.rows.items():
-                live = any(sequence.row == other_number for sequence in self.scheduler.running)
+                live = any(s.row == other_number and not _untold(s) for s in self.scheduler.running)
                 if other_number != number and live:
                     assert block not in other.table.values(), f"block {block} is written while another row holds it"
             self.slots[block][position % self.size] = NAN if broken else states[position]
 
-    def _read(self, number: int, end: int, samples: bool) -> TokenEvent | None:
+    def _read(self, number: int, end: int, samples: bool, searched: SearchedStep | None) -> TokenEvent | None:
         row = self.rows[number]
         states = self._states(row, end)
         poisoned = NAN in states
@@ -182,6 +227,8 @@ class SimDevice:
             return TokenEvent(0, error=RequestFailedError("the output was not finite"))
         if not samples:
             return None
+        if searched is not None:
+            return BeamEvent(0, candidates=next_candidates(int(states[-1]), searched.score, searched.keep))
         token = next_token(int(states[-1]), row.seed)
         del row.tokens[end:]
         row.tokens.append(token)

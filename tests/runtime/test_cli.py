@@ -83,6 +83,20 @@ def test_help_does_not_wait_for_torch(environment: dict[str, str]) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
+# -- beam search -----------------------------------------------------------------------------------------------------
+
+
+def test_generate_searches() -> None:
+    """The default temperature for drawing tokens does not count then."""
+    raw = ["generate", "--raw", "Once upon a time", "--max-tokens", 12]
+    done = octavo(*raw, "--beams", 3, "--length-penalty", 0.5, "--early-stopping", "never", "--json")
+    with LLM() as llm:
+        params = SamplingParams(
+            use_beam_search=True, beam_width=3, length_penalty=0.5, early_stopping="never", max_tokens=12
+        )
+        assert json.loads(done.stdout)["token_ids"] == llm.generate("Once upon a time", params)[0].outputs[0].token_ids
+
+
 # -- mistakes --------------------------------------------------------------------------------------------------------
 
 MISTAKES: list[tuple[list[str], int, str]] = [
@@ -111,6 +125,9 @@ MISTAKES: list[tuple[list[str], int, str]] = [
     (["bench", "--load-format", "random"], 2, "load_format must be one of auto, dummy, not 'random'"),
     (["bench", "--load-format", "dummy", "--model", "/etc"], 1, "/etc/config.json: is missing"),
     (["chat", "--min-p", "7"], 2, "min_p must be at least 0 and at most 1"),
+    (["generate", "x", "--beams", "3", "-t", "0.7"], 2, "temperature=0.7 does not apply to a beam search"),
+    (["generate", "x", "--beams", "3", "--early-stopping", "soon"], 2, 'must be True, False or "never"'),
+    (["generate", "x", "--length-penalty", "2"], 2, "length_penalty needs use_beam_search=True"),
     (["models", "show", "no/such-model"], 1, "octavo models pull no/such-model"),
     (["models", "remove", "no/such-model"], 1, "`octavo models` lists those that are"),
     (["models", "show"], 2, "MODEL"),

@@ -15,6 +15,7 @@ from octavo.attention.reference import ReferenceAttention
 from octavo.attention.triton import _gathered, _whole_prompt
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
+from octavo.execute import context
 from octavo.execute.build import Resolved, _fp8_cache
 from octavo.execute.context import KVCache, StepInputs
 from octavo.execute.kv_cache import FP8, SMALLEST, measure_scales, scales_for
@@ -31,10 +32,7 @@ class Fp8Parts(GraphedParts):
 
     def _runner(self, resolved: Resolved, kv: KVCache, table: RowTable, model: Any) -> Runner:
         scales = self.scales(resolved.max_model_len)
-        self.kv = KVCache([
-            LayerCache(torch.zeros(layer.keys.shape, dtype=FP8), torch.zeros(layer.keys.shape, dtype=FP8), scale)
-            for layer, scale in zip(kv.layers, scales, strict=True)
-        ])  # fmt: skip
+        self.kv = KVCache.of(torch.zeros(kv.memory.shape, dtype=FP8), scales)
         return super()._runner(resolved, self.kv, table, model)
 
     def scales(self, max_tokens: int) -> list[torch.Tensor]:
@@ -138,11 +136,13 @@ def test_forks_preemption_and_cached_prefixes_change_no_token(parts: Fp8Parts) -
     assert small.scheduler.preemptions > 0
 
 
-def test_copied_blocks_are_the_same_bits() -> None:
+@pytest.mark.parametrize("at_once", [1, 2**24])
+def test_copied_blocks_are_the_same_bits(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context, "COPIED_AT_ONCE", at_once)
     bits = torch.randint(0, 256, (2, 7, 2, 4, 8), dtype=torch.uint8)
-    keys, values = bits.clone().view(FP8).unbind(0)
-    KVCache([LayerCache(keys, values, torch.ones(2, 2))]).copy_blocks(torch.tensor([1, 2, 0]), torch.tensor([2, 5, 6]))
-    for cache, before in zip((keys, values), bits, strict=True):
+    kv = KVCache.of(bits.clone().view(FP8), [torch.ones(2, 2)])
+    kv.copy_blocks(torch.tensor([2, 1, 0]), torch.tensor([5, 2, 6]))
+    for cache, before in zip((kv.layers[0].keys, kv.layers[0].values), bits, strict=True):
         assert torch.equal(cache.view(torch.uint8), before[[0, 1, 1, 3, 4, 2, 0]])
 
 

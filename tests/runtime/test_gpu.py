@@ -54,6 +54,29 @@ def test_tiny_models_equal_transformers(family: str, tmp_path: Path) -> None:
         check_against(peer, llm, prompts)
 
 
+def test_searches_equal_transformers(tmp_path: Path) -> None:
+    """Beams in recorded steps, alone and beside requests that draw tokens, in a pool that preempts."""
+    from transformers import AutoModelForCausalLM
+
+    path = make_model("llama-head-dim", tmp_path)
+    peer = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).cuda().eval()
+    source = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(2, 300, (length,), generator=source).tolist() for length in (1, 16, 17, 60, 100)]
+    search = SamplingParams(use_beam_search=True, beam_width=4, n=2, max_tokens=24, no_repeat_ngram_size=3)
+    for blocks in (400, 20):
+        with LLM(str(path), dtype="float32", num_blocks=blocks, block_size=16) as llm:
+            batch = [prompt for prompt in prompts for _ in (0, 1)]
+            outputs = llm.generate(batch, [search, SamplingParams(max_tokens=30, n=2)] * len(prompts))[::2]
+        for prompt, output in zip(prompts, outputs, strict=True):
+            ids = torch.tensor([prompt], device="cuda")
+            made = peer.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=4, num_return_sequences=2,
+                max_new_tokens=24, no_repeat_ngram_size=3, eos_token_id=1, pad_token_id=0,
+            )  # fmt: skip
+            for theirs, ours in zip(made[:, len(prompt) :].tolist(), output.outputs, strict=True):
+                assert theirs[: len(ours.token_ids)] == ours.token_ids
+
+
 def test_forks_and_preempted_requests_are_what_they_are_alone(tmp_path: Path) -> None:
     """In float32, where products of other batches differ by less than a token can turn on. Outputs of one request share
     its prompt's blocks until they write; a pool of 12 blocks preempts."""

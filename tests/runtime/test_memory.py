@@ -153,7 +153,7 @@ class Crowd:
         assert stats.blocks_free + stats.blocks_cached == stats.blocks_total
         assert llm.engine.service._open == {}
         assert llm.engine.service._backlog() == 0
-        rows = llm.engine.service.call(lambda core: len(core.scheduler._free_rows))
+        rows = llm.engine.service.call(lambda core: len(core.scheduler.free_rows))
         assert rows == self.settings["max_num_seqs"]
         assert stats.preemptions > 10, "the pool was not short: a weak test"
         assert min(self.ends[end] for end in ("whole", "left", "cancelled")) > 10, self.ends

@@ -41,6 +41,13 @@ def _text_ends(before: RequestOutput, after: RequestOutput) -> bool:
     return after.outputs[0].text == before.outputs[0].text.partition("e")[0] and len(_tokens(after)) < 30
 
 
+SEARCH = {"seed": 1, "max_tokens": 12, "ignore_eos": True, "use_beam_search": True}
+
+
+def _score(output: RequestOutput) -> float:
+    return output.outputs[0].score or 0.0
+
+
 EFFECTS: dict[str, tuple[dict[str, Any], dict[str, Any], Check]] = {
     "temperature": (BASE, {"temperature": 0.0}, lambda a, b: _tokens(a) != _tokens(b)),
     "top_p": (BASE, {"top_p": 0.2}, lambda a, b: _tokens(a) != _tokens(b)),
@@ -83,6 +90,21 @@ EFFECTS: dict[str, tuple[dict[str, Any], dict[str, Any], Check]] = {
         BASE, {"structured_outputs": StructuredOutputsParams(regex="[0-9]{3} the")},
         lambda a, b: re.fullmatch("[0-9]{3} the", b.text) is not None and b.outputs[0].finish_reason == "stop",
     ),
+    "no_repeat_ngram_size": (
+        {**BASE, "logit_bias": {9: 50.0}}, {"no_repeat_ngram_size": 2},
+        lambda a, b: _tokens(a) == [9] * 30 and len({*zip(_tokens(b), _tokens(b)[1:], strict=False)}) == 29,
+    ),
+    "use_beam_search": (
+        {**SEARCH, "use_beam_search": False}, {"use_beam_search": True},
+        lambda a, b: a.outputs[0].score is None and _score(b) < 0,
+    ),
+    "beam_width": ({**SEARCH, "beam_width": 1}, {"beam_width": 8}, lambda a, b: _score(a) < _score(b)),
+    "length_penalty": (SEARCH, {"length_penalty": 0.0}, lambda a, b: round(_score(a) * 12 - _score(b), 4) == 0),
+    "early_stopping": (
+        # an output may end at any time, and is the better the longer it is
+        {**SEARCH, "ignore_eos": False, "beam_width": 2, "length_penalty": 5.0, "logit_bias": {1: 8.0}},
+        {"early_stopping": True}, lambda a, b: len(_tokens(a)) > len(_tokens(b)),
+    ),
     "skip_special_tokens": (
         END, {"skip_special_tokens": False}, lambda a, b: (a.text, b.text) == ("", "</s>" * 30)
     ),
@@ -123,6 +145,11 @@ BAD: list[tuple[str, list[Any]]] = [
     ("logprobs", [-1, 101, 1.5, True]),
     ("prompt_logprobs", [-1, 101, True]),
     ("seed", [1.5, 2**63, -(2**63) - 1, "x", True]),
+    ("no_repeat_ngram_size", [-1, 1.5, None, True]),
+    ("use_beam_search", [1, None]),
+    ("beam_width", [0, 129, 2.0, True]),
+    ("length_penalty", [NAN, 5.5, "x", None]),
+    ("early_stopping", [None, "always", 2]),
     ("skip_special_tokens", [1, None]),
     ("detokenize", [0, None]),
 ]
@@ -143,7 +170,15 @@ def test_every_sampling_parameter_has_bad_values() -> None:
 def test_contradictions_are_named() -> None:
     for settings, field in (
         ({"n": 3, "best_of": 2}, "best_of"), ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
-        ({"stop": "x", "detokenize": False}, "stop"),
+        ({"stop": "x", "detokenize": False}, "stop"), ({"beam_width": 4}, "beam_width"),
+        ({"length_penalty": 0.5}, "length_penalty"), ({"early_stopping": True}, "early_stopping"),
+        *(({"use_beam_search": True, **more}, field) for more, field in (
+            ({"n": 3, "beam_width": 2}, "beam_width"), ({"best_of": 3, "beam_width": 2}, "best_of"),
+            ({"temperature": 0.7}, "temperature"), ({"top_p": 0.9}, "top_p"), ({"top_k": 5}, "top_k"),
+            ({"min_p": 0.1}, "min_p"), ({"stop": "x"}, "stop"), ({"logprobs": 1}, "logprobs"),
+            ({"prompt_logprobs": 1}, "prompt_logprobs"),
+            ({"structured_outputs": StructuredOutputsParams(regex="a")}, "structured_outputs"),
+        )),
     ):  # fmt: skip
         with pytest.raises(RequestError) as caught:
             SamplingParams(**settings)

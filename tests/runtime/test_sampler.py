@@ -83,8 +83,8 @@ def draw(parts: Parts, params: dict[str, Any], *, output: int = 0) -> tuple[np.n
     driver = Driver(core, record=True)
     row = SamplingParams(max_tokens=1, ignore_eos=True, **params)
     if output:  # made tokens count as output: say so where rows are made
-        original = core.scheduler._new_row
-        core.scheduler._new_row = lambda s: _with_prompt(original(s), len(PROMPT))  # type: ignore[method-assign]
+        original = core.scheduler.new_row
+        core.scheduler.new_row = lambda s: _with_prompt(original(s), len(PROMPT))  # type: ignore[method-assign]
     requests = [driver.add(PROMPT + made, row, seed=seed * 7919) for seed in range(DRAWS)]
     driver.run()
     counts = np.zeros(parts.config.vocab_size)

@@ -13,14 +13,18 @@ from octavo.cli.options import (
     DEFAULT,
     DEFAULT_TEMPERATURE,
     DEFAULT_TOP_P,
+    Beams,
     Debug,
     Device,
     Dtype,
+    EarlyStopping,
     Json,
+    LengthPenalty,
     MaxModelLen,
     MaxTokens,
     MinP,
     Model,
+    NoRepeatNgramSize,
     Quantization,
     Revision,
     Seed,
@@ -32,12 +36,14 @@ from octavo.cli.options import (
     UsageProblem,
     open_llm,
     sampling,
+    search,
 )
 from octavo.cli.screen import console, figures, rate, write
 from octavo.outputs import RequestOutput
 
 
 def generate(
+    context: typer.Context,
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="The prompt; - reads it from standard input.")
     ] = None,
@@ -57,6 +63,10 @@ def generate(
     min_p: MinP = 0.0,
     seed: Seed = None,
     stop: Stop = None,
+    no_repeat_ngram_size: NoRepeatNgramSize = 0,
+    beams: Beams = None,
+    length_penalty: LengthPenalty = None,
+    early_stopping: EarlyStopping = None,
     model: Model = DEFAULT,
     revision: Revision = None,
     device: Device = "auto",
@@ -75,15 +85,19 @@ def generate(
 
       octavo generate --raw "Once upon a time" --max-tokens 50 --seed 7 --json
 
+      octavo generate "Translate into French: good morning" --beams 4 --max-tokens 40
+
     --json prints one object with the text, the finish reason, token counts and timings; with --stream, a line for each
     piece before it. Exit codes: 0 done, 1 an error, 2 wrong usage, 130 stopped by Ctrl-C.
     """
     text = read_text(prompt, file, "prompt")
     if raw and system is not None:
         raise UsageProblem("--system needs the chat template: leave out --raw")
+    drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
     params = sampling(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, stop=stop
-    )
+        max_tokens=max_tokens, stop=stop, no_repeat_ngram_size=no_repeat_ngram_size,
+        **(drawing | search(context, beams, length_penalty, early_stopping)),
+    )  # fmt: skip
     settings = {
         "revision": revision, "device": device, "dtype": dtype, "quantization": quantization,
         "max_model_len": max_model_len,

@@ -87,10 +87,39 @@ Stop = Annotated[
     list[str] | None,
     typer.Option(metavar="TEXT", help="End the answer at this text (may be repeated).", rich_help_panel=_SAMPLING),
 ]
+Beams = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Search for the likeliest answer by N beams.", rich_help_panel=_SAMPLING),
+]
+LengthPenalty = Annotated[
+    float | None,
+    typer.Option(metavar="P", help="With --beams: above 0 favours long answers.", rich_help_panel=_SAMPLING),
+]
+EarlyStopping = Annotated[
+    str | None,
+    typer.Option(metavar="WHEN", help="With --beams: true, false or never.", rich_help_panel=_SAMPLING),
+]
+NoRepeatNgramSize = Annotated[
+    int, typer.Option(metavar="N", help="Make no run of N tokens twice; 0: any.", rich_help_panel=_SAMPLING)
+]
 System = Annotated[str | None, typer.Option("--system", "-s", metavar="TEXT", help="The system message.")]
 
 DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 0.7, 0.95
 DEFAULT = DEFAULT_MODEL
+
+
+def search(context: typer.Context, beams: int | None, penalty: float | None, early: str | None) -> dict[str, Any]:
+    """What the options of a search change: without it nothing, with it the defaults for drawing tokens do not count."""
+    when: bool | str | None = {"true": True, "false": False, None: None}.get(early, early)
+    found = {"beam_width": beams, "length_penalty": penalty, "early_stopping": when}
+    if beams is None:
+        return found
+    drawing = {"temperature": 1.0, "top_p": 1.0}
+    unasked = {
+        name: value for name, value in drawing.items()
+        if getattr(context.get_parameter_source(name), "name", "") == "DEFAULT"
+    }  # fmt: skip
+    return {**found, **unasked, "use_beam_search": True}
 
 
 def sampling(**values: Any) -> SamplingParams:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from octavo.decode.detokenize import Detokenizer
 from octavo.decode.stop import StopStrings
-from octavo.engine.request import RawLogprobs, Request, TokenEvent
+from octavo.engine.request import BeamEvent, RawLogprobs, Request, TokenEvent
 from octavo.outputs import CompletionOutput, Logprob, RequestOutput, StreamPiece, TokenLogprobs
 from octavo.tokenizer import Tokenizer
 
@@ -22,7 +22,7 @@ class Assembler:
         self.request, self.prompt, self.tokenizer = request, prompt, tokenizer
         self.error: BaseException | None = None
         self._abort = abort
-        self._choices = [_Choice(self, index) for index in range(request.params.width)]
+        self._choices = [_Choice(self, index) for index in range(request.params.choices)]
         self._open = len(self._choices)
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
         if request.params.prompt_logprobs is not None:
@@ -60,12 +60,13 @@ class Assembler:
         """All that has come so far. With `best_of`, the `n` best by cumulative log-probability."""
         outputs = [choice.output for choice in self._choices]
         params = self.request.params
-        if params.width > params.n:
+        if params.choices > params.n:
             outputs = sorted(outputs, key=lambda output: -(output.cumulative_logprob or 0.0))[: params.n]
             for rank, output in enumerate(outputs):
                 output.index = rank
-                if params.logprobs is None:
-                    output.logprobs = None
+        for output in outputs:
+            if params.logprobs is None:  # they were there to rank by
+                output.logprobs = None
         finished = all(output.finish_reason not in (None, "abort") for output in outputs)
         return RequestOutput(
             self.request.request_id, self.prompt, self.request.prompt_ids, outputs, finished, self.request.metrics,
@@ -109,7 +110,8 @@ class _Choice:
                 raw = event.logprobs[place]
                 output.cumulative_logprob = (output.cumulative_logprob or 0.0) + raw.logprob
                 output.logprobs.append(self.owner.convert(token, raw, params.logprobs or 0))
-                piece.logprobs = [*(piece.logprobs or ()), output.logprobs[-1]]
+                if params.logprobs is not None:
+                    piece.logprobs = [*(piece.logprobs or ()), output.logprobs[-1]]
             ends_here = event.finish_reason == "stop" and place == len(event.token_ids) - 1
             # the token that says "stop" is no text; the one that completes a grammar is
             hidden = ends_here and not params.include_stop_str_in_output and self.owner.request.is_end(token)
@@ -123,6 +125,10 @@ class _Choice:
             piece.text += self._stops.flush()
         output.text += piece.text
         output.finish_reason, output.stop_reason = piece.finish_reason, piece.stop_reason
+        if isinstance(event, BeamEvent):
+            output.cumulative_logprob, output.score = event.cumulative_logprob, event.score
+        elif params.use_beam_search and output.finish_reason is not None and output.token_ids:
+            output.score = (output.cumulative_logprob or 0.0) / len(output.token_ids) ** params.length_penalty
         return piece
 
     def _see(self, text: str, piece: StreamPiece) -> None:

@@ -57,6 +57,23 @@ class MinTokens:
             logits.index_fill_(0, self.stop_ids, NEVER)
 
 
+class NoRepeatNGram:
+    """Forbids what would complete a run of `size` tokens that stands in prompt or output already."""
+
+    def __init__(self, size: int, vocab_size: int) -> None:
+        self.size, self.vocab_size = size, vocab_size
+
+    def apply(self, logits: torch.Tensor, history: torch.Tensor, length: int) -> None:
+        if length < self.size:
+            return
+        runs = history[:length].unfold(0, self.size, 1)
+        again = (runs[:, :-1] == history[length + 1 - self.size : length]).all(dim=1)
+        nowhere = self.vocab_size  # one place more than there are tokens, for runs that begin otherwise
+        forbidden = torch.zeros(nowhere + 1, dtype=torch.bool, device=logits.device)
+        forbidden.index_fill_(0, torch.where(again, runs[:, -1].long(), nowhere), True)
+        logits.masked_fill_(forbidden[:nowhere], NEVER)
+
+
 class LogitBias:
     def __init__(self, bias: dict[int, float], device: torch.device) -> None:
         self.tokens = to_device(list(bias), torch.int64, device)
@@ -74,6 +91,8 @@ def processors_for(new: NewRow, vocab_size: int, device: torch.device) -> tuple[
         found.append(AllowedTokens(params.allowed_token_ids, vocab_size, device))
     if new.bad_word_ids:
         found.append(BadWords(new.bad_word_ids, new.num_prompt, device))
+    if params.no_repeat_ngram_size:
+        found.append(NoRepeatNGram(params.no_repeat_ngram_size, vocab_size))
     if params.min_tokens and new.stop_ids:
         found.append(MinTokens(new.stop_ids, new.num_prompt + params.min_tokens, device))
     if params.logit_bias:

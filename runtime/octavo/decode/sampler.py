@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from octavo_kernels import forbid_tokens, gumbel_sample, top_k_top_p_min_p
 
 from octavo.decode.row import RowSampling
-from octavo.execute.rows import most_likely
+from octavo.execute.rows import highest, log_softmax, most_likely
 from octavo.execute.table import FLOATS, RowTable
 from octavo.execute.transfer import to_device
 
@@ -43,12 +43,25 @@ def logprobs_of(logprobs: torch.Tensor, tokens: torch.Tensor, count: int) -> Dev
 
 
 @dataclass(slots=True)
+class DeviceCandidates:
+    """The best next tokens of R beams, still on the device."""
+
+    tokens: torch.Tensor
+    """[R, K] int64."""
+    scores: torch.Tensor
+    """[R, K] float32, sums of log-probabilities, the highest first."""
+    rows: list[int]
+    """Which of the S rows they belong to, in order."""
+
+
+@dataclass(slots=True)
 class Sampled:
     tokens: torch.Tensor
-    """[S] int64; -1 where the logits were not finite or no token was allowed."""
+    """[S] int64; -1 where the logits were not finite or no token was allowed. Of beams it means nothing."""
     logprobs: DeviceLogprobs | None
     logprob_rows: list[int]
     """Which of the S rows `logprobs` belongs to, in order."""
+    candidates: DeviceCandidates | None = None
 
 
 @dataclass(slots=True)
@@ -85,15 +98,19 @@ class Mask:
 
 
 def join(parts: list[tuple[list[int], Sampled]]) -> Sampled:
-    """Parts of a step, each with its places, as one."""
+    """Parts of a step, each with its places, as one. One of them at most has candidates."""
     tokens = torch.cat([sampled.tokens for _, sampled in parts])
     order = [place for places, _ in parts for place in places]
     joined = torch.empty_like(tokens)
     joined[to_device(order, torch.int64, tokens.device)] = tokens
+    for places, sampled in parts:
+        if sampled.candidates is not None:
+            sampled.candidates.rows = [places[row] for row in sampled.candidates.rows]
+    candidates = next((sampled.candidates for _, sampled in parts if sampled.candidates is not None), None)
     rows = [places[row] for places, sampled in parts for row in sampled.logprob_rows]
     found = [sampled.logprobs for _, sampled in parts if sampled.logprobs is not None]
     if not found:
-        return Sampled(joined, None, [])
+        return Sampled(joined, None, [], candidates)
     width = max(raw.top.shape[1] for raw in found)
     # a part may report fewer alternatives than the other: what is added is cut off where it is read
     padded = [(F.pad(raw.top_ids, (0, width - raw.top_ids.shape[1])), F.pad(raw.top, (0, width - raw.top.shape[1])))
@@ -102,7 +119,7 @@ def join(parts: list[tuple[list[int], Sampled]]) -> Sampled:
         torch.cat([raw.chosen for raw in found]), torch.cat([raw.ranks for raw in found]),
         torch.cat([ids for ids, _ in padded]), torch.cat([top for _, top in padded]),
     )  # fmt: skip
-    return Sampled(joined, logprobs, rows)
+    return Sampled(joined, logprobs, rows, candidates)
 
 
 class Sampler:
@@ -133,6 +150,17 @@ class Sampler:
             most = max(sampling[i].logprobs or 0 for i in wanting)
             result.logprobs = logprobs_of(reported, _pick(tokens, wanting), most)
         return result
+
+    def search(self, batch: SampledRows, scores: list[float], keep: int) -> Sampled:
+        """The `keep` best next tokens of beams: `scores` [S] are added to the log-probabilities of theirs. Processors
+        and penalties change log-probabilities here, not logits, as in transformers' beam search."""
+        logprobs = log_softmax(batch.logits)
+        self._process(logprobs, batch.sampling, batch.host_rows, batch.lengths)
+        self._penalise(logprobs, batch.rows, batch.sampling, batch.lengths)
+        best, tokens = highest(logprobs, min(keep, logprobs.shape[1]))
+        sums = best + self.table.send(scores, torch.float32)[:, None]
+        candidates = DeviceCandidates(tokens, sums, list(range(len(scores))))
+        return Sampled(torch.zeros_like(batch.rows), None, [], candidates)
 
     def _process(
         self, logits: torch.Tensor, sampling: list[RowSampling], host_rows: list[int], lengths: list[int]

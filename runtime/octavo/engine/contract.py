@@ -23,6 +23,8 @@ class EngineStats:
     steps: int
     largest_batch: int
     """Most sequences that one step advanced, since the engine started."""
+    blocks_peak: int = 0
+    """Most blocks that were used in one step."""
 
     def _repr_html_(self) -> str:
         from octavo.html import stats_html

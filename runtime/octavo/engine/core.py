@@ -45,7 +45,7 @@ class EngineCore:
         turns: AbstractContextManager[None] = nullcontext(),  # noqa: B008 (it has no state)
     ) -> None:  # fmt: skip
         self.scheduler, self.runner, self.depth, self._turns = scheduler, runner, depth, turns
-        self.steps = self.largest_batch = 0
+        self.steps = self.largest_batch = self.blocks_peak = 0
         self._failures = 0
         self._under_way: deque[tuple[Draft, Launched]] = deque()
 
@@ -69,6 +69,7 @@ class EngineCore:
             running=len(scheduler.running), waiting=len(scheduler.waiting), blocks_total=pool.capacity,
             blocks_used=pool.used, blocks_cached=pool.cached, blocks_free=pool.available - pool.cached,
             preemptions=scheduler.preemptions, steps=self.steps, largest_batch=self.largest_batch,
+            blocks_peak=self.blocks_peak,
         )  # fmt: skip
 
     def step(self) -> None:
@@ -76,7 +77,8 @@ class EngineCore:
         draft = self.scheduler.plan()
         if draft is not None:
             self._launch(draft)
-        while len(self._under_way) > (self.depth if draft is not None else 0):
+        keep = self.depth if draft is not None and draft.overlaps else 0
+        while len(self._under_way) > keep:
             self._commit_oldest()
 
     def _launch(self, draft: Draft) -> None:
@@ -94,6 +96,7 @@ class EngineCore:
             self._under_way.append((draft, launched))
             self.steps += 1
             self.largest_batch = max(self.largest_batch, len(draft.parts))
+            self.blocks_peak = max(self.blocks_peak, self.scheduler.pool.used)
             self.scheduler.launched(draft)
 
     def _masks(self, draft: Draft) -> list[np.ndarray | None]:

@@ -59,21 +59,37 @@ class RowStep:
 
 
 @dataclass(frozen=True, slots=True)
+class SearchedStep:
+    """A step of a beam: the device adds `score`, the beam's own, to the log-probabilities of its next tokens and
+    returns the `keep` best."""
+
+    entry: int
+    """Place in the plan's `steps`."""
+    score: float
+    keep: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. Order of work: copies, new rows, new blocks, sources, forward, sample."""
+    """One step. Order of work: copies, new rows, new blocks, tokens, sources, forward, sample."""
 
     steps: list[RowStep]
     new_rows: list[NewRow] = field(default_factory=list)
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
     """(row, index in its block table, block); each place once."""
     copies: list[tuple[int, int]] = field(default_factory=list)
-    """(source block, destination block): copy on write, and the null block's zeros over blocks of a failed sequence."""
+    """(source block, destination block): copy on write, and the null block's zeros over blocks of a failed sequence. A
+    block that is read is written by a later copy at most."""
 
     shared_blocks: int = 0
     """All sequences of the step have one token and begin with so many blocks in common."""
     masked: tuple[int, ...] = ()
     """Entries of `steps` that sample under a grammar: the loop has a mask for each."""
     sources: list[NewSource] = field(default_factory=list)
+    tokens: list[tuple[int, int, int]] = field(default_factory=list)
+    """(row, position, token): what the host has chosen. Entered after new rows and new blocks."""
+    searched: tuple[SearchedStep, ...] = ()
+    """Those of `steps` that want candidates instead of a token."""
 
     @property
     def num_tokens(self) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from octavo.decode.beam import BeamSearch, Candidates
 from octavo.engine.source import Source
 from octavo.outputs import RequestMetrics
 from octavo.sampling_params import SamplingParams
@@ -52,6 +53,17 @@ class TokenEvent:
         return self.finish_reason is not None or self.error is not None
 
 
+@dataclass(slots=True)
+class BeamEvent(TokenEvent):
+    """Of a beam search."""
+
+    candidates: Candidates | None = None
+    """Device to scheduler: of one beam, instead of a token."""
+    cumulative_logprob: float = 0.0
+    score: float = 0.0
+    """Engine to caller: of an output that ends."""
+
+
 Sink = Callable[[TokenEvent], None]
 
 
@@ -66,10 +78,29 @@ class Constraint(Protocol):
         """[ceil(V / 32)] int32, a bit for each token: it may come next, of `left` that may still be made."""
 
 
+class Beam:
+    """What a sequence is in a beam search (`beams.py` moves it)."""
+
+    __slots__ = ("candidates", "fork_epoch", "keep", "score")
+
+    def __init__(self, keep: int) -> None:
+        self.keep = keep
+        """How many candidates are wanted of it."""
+        self.score = 0.0
+        """Sum of the log-probabilities of its tokens."""
+        self.candidates: Candidates | None = None
+        """They have come, and it waits for those of its siblings: it needs nothing of the device meanwhile."""
+        self.fork_epoch = -1
+        """The sequence's epoch in which it became another one's fork, while the device does not know."""
+
+
 class Request:
     """One prompt with its parameters; `width` sequences. `sink` receives its events on the engine's thread.
 
-    `source_ids`: what the encoder of an encoder-decoder reads; the prompt is then how the decoder begins."""
+    `source_ids`: what the encoder of an encoder-decoder reads; the prompt is then how the decoder begins.
+
+    In a beam search the sequences are beams: only those in `beams` live, best first, and the rest are finished until
+    they are forked. Events are of the outputs then, `choices` of them. `length_offset`: see `BeamSearch`."""
 
     def __init__(
         self,
@@ -85,6 +116,7 @@ class Request:
         priority: int = 0,
         cache_salt: str = "",
         source_ids: Seq[int] | None = None,
+        length_offset: int = 0,
     ) -> None:
         self.request_id = request_id
         self.prompt_ids = list(prompt_ids)
@@ -105,6 +137,18 @@ class Request:
             arrival=time.monotonic(), prompt_tokens=len(self.prompt_ids) + len(source_ids or ())
         )
         self.sequences = [Sequence(self, index) for index in range(params.width)]
+        self.search: BeamSearch | None = None
+        self.beams: list[Sequence] = []
+        if params.searches:
+            self.search = BeamSearch(
+                params.width, returned=params.n, ends=self.eos_token_ids | self.stop_token_ids, max_tokens=max_tokens,
+                length_penalty=params.length_penalty, early_stopping=params.early_stopping, length_offset=length_offset,
+            )  # fmt: skip
+            self.beams = self.sequences[:1]
+            for sequence in self.sequences:
+                sequence.beam = Beam(self.search.keep)
+                sequence.limit = sequence.num_prompt + 1
+                sequence.finished = sequence.index > 0
 
     def constrain(self, start: Callable[[], Constraint]) -> None:
         """Hold each sequence to a grammar. Before the request is submitted."""
@@ -126,15 +170,20 @@ class Request:
 
     def fail(self, error: BaseException) -> None:
         """End every sequence that has not ended, with `error`."""
+        indices = [sequence.index for sequence in self.sequences if not sequence.finished]
+        if indices and self.search is not None:
+            indices = list(range(self.params.choices))
         for sequence in self.sequences:
-            if not sequence.finished:
-                sequence.finished = True
-                self.sink(TokenEvent(sequence.index, error=error))
+            sequence.finished = True
+        for index in indices:
+            self.sink(TokenEvent(index, error=error))
 
     @property
     def wants_logprobs(self) -> bool:
         """Log-probabilities are needed for the user, or to rank `best_of`."""
-        return self.params.logprobs is not None or self.params.width > self.params.n
+        params = self.params
+        one_beam = params.use_beam_search and not params.searches
+        return params.logprobs is not None or params.choices > params.n or one_beam
 
 
 class Sequence:
@@ -142,6 +191,7 @@ class Sequence:
 
     __slots__ = (
         "alone_until",
+        "beam",
         "block_keys",
         "blocks",
         "coming_key",
@@ -150,6 +200,7 @@ class Sequence:
         "finished",
         "index",
         "length",
+        "limit",
         "named",
         "num_prompt",
         "prompt_logprobs_sent",
@@ -165,6 +216,9 @@ class Sequence:
         self.tokens: list[int] = list(request.prompt_ids)
         self.num_prompt = len(self.tokens)
         self.length = self.num_prompt
+        self.limit = self.num_prompt + request.max_tokens
+        """The `length` with which every token it may make is made or under way. A beam may make one, until the search
+        has chosen."""
         self.scheduled = 0
         self.blocks: list[int] = []
         self.block_keys: list[bytes] = []
@@ -175,6 +229,7 @@ class Sequence:
         """Key of the block of its prompt that is filled next, while there is one."""
         self.row = -1
         self.finished = False
+        """Ended; of a beam: or it does not live."""
         self.epoch = 0
         """Counts preemptions: a step launched in an earlier epoch wrote to blocks that are no longer this
         sequence's."""
@@ -183,6 +238,7 @@ class Sequence:
         was."""
         self.prompt_logprobs_sent = 0
         self.constraint: Constraint | None = None
+        self.beam: Beam | None = None
 
     @property
     def order(self) -> tuple[int, int, int]:
@@ -197,11 +253,6 @@ class Sequence:
     def samples_pending(self) -> bool:
         """A sampled token of this sequence has not come back from the device yet."""
         return self.length > len(self.tokens)
-
-    @property
-    def exhausted(self) -> bool:
-        """Every token it may make is made or under way: nothing left to schedule."""
-        return self.length - self.num_prompt >= self.request.max_tokens
 
     def __repr__(self) -> str:
         return (

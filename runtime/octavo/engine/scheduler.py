@@ -15,11 +15,13 @@ from bisect import insort
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from octavo.engine.beams import Beams
 from octavo.engine.blocks import NULL_BLOCK, BlockPool
 from octavo.engine.coming import ComingBlocks
 from octavo.engine.draft import Draft
 from octavo.engine.plan import NewRow, RowStep
 from octavo.engine.request import Request, Sequence, TokenEvent
+from octavo.engine.siblings import donor_of, sibling_prefills
 from octavo.engine.source import SourceBlocks, place_of
 
 if TYPE_CHECKING:
@@ -44,29 +46,34 @@ class Scheduler:
         self.preemptions = 0
         self.fresh = 0
         """Requests that wait for their very first step: what the bound of the queue counts."""
-        self._clock = clock
-        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self.clock = clock
+        self.free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._arrivals = 0
         self._scrub: dict[int, int] = {}
         self._coming = ComingBlocks(pool)
         self.sources = SourceBlocks(pool, max_num_batched_tokens)
+        self._beams = Beams(self)
 
     # ---------------------------------------------------------------- intake
 
     def add(self, request: Request) -> None:
-        """Queue all sequences of a request."""
+        """Queue all sequences of a request; of a search the one that begins."""
         self._arrivals += 1
         self.fresh += 1
         request.arrival = self._arrivals
-        for sequence in request.sequences:
+        for sequence in request.beams or request.sequences:
             insort(self.waiting, sequence, key=_order)
 
     def abort(self, request: Request, index: int | None = None) -> None:
         """End a request (or one of its sequences) now: its blocks are free at once, its last event says "abort"."""
+        if request.beams:
+            if not request.finished:
+                self._beams.end(request, TokenEvent(0, finish_reason="abort"))
+            return
         for sequence in request.sequences:
             if index in (None, sequence.index) and not sequence.finished:
-                self._end(sequence)
-                self._emit(sequence, TokenEvent(sequence.index, finish_reason="abort"))
+                self.end(sequence)
+                self.emit(sequence.request, TokenEvent(sequence.index, finish_reason="abort"))
 
     @property
     def idle(self) -> bool:
@@ -97,7 +104,7 @@ class Scheduler:
 
     def _advance(self, sequence: Sequence, draft: Draft, budget: int) -> int:
         """Give a running sequence what it lacks; returns the tokens spent (0 if it was preempted or lacks nothing)."""
-        count = 0 if sequence.exhausted else min(sequence.length - sequence.scheduled, budget)
+        count = min(sequence.length - sequence.scheduled, budget) if sequence.length < sequence.limit else 0
         if count > 0 and self._make_room(sequence, sequence.scheduled + count, draft):
             self._extend(sequence, count, draft)
             return count
@@ -105,9 +112,9 @@ class Scheduler:
 
     def _admit_waiting(self, draft: Draft, budget: int) -> None:
         position = 0
-        while budget > 0 and self._free_rows and position < len(self.waiting):
+        while budget > 0 and position < len(self.waiting):
             sequence = self.waiting[position]
-            if sequence.samples_pending or self._sibling_prefills(sequence, draft) or self._prefix_comes(sequence):
+            if sequence.samples_pending or sibling_prefills(sequence, draft) or self._prefix_comes(sequence):
                 position += 1  # ready in a later step; those behind need not wait for it
                 continue
             spent = self._admit(sequence, draft, budget)
@@ -119,7 +126,9 @@ class Scheduler:
         """Move a waiting sequence to a device row, reusing what is computed already; returns the tokens spent, 0 if no
         room."""
         pool = self.pool
-        donor = self._donor(sequence, draft)
+        if not self.free_rows and not self._make_way(sequence, draft):
+            return 0
+        donor = donor_of(sequence, draft)
         if donor is not None:
             # fork: share the prompt's blocks, compute only its last token again (that write copies the last block)
             computed = sequence.num_prompt - 1
@@ -132,23 +141,28 @@ class Scheduler:
         else:
             blocks, keys = pool.match(sequence.tokens, sequence.request.cache_salt, sequence.length - 1)
             computed = len(blocks) * pool.block_size
-        wanted = self._blocks_for(sequence.length) - len(blocks) + (donor is not None) + sum(map(pool.is_idle, blocks))
-        source = self.sources.missing(sequence.request, draft)
-        if source is None or wanted + source > pool.available:
-            return 0
+        wanted = self._blocks_for(sequence.length) - len(blocks) + (donor is not None)
+        while True:  # one that makes way may have been the last to hold the source
+            source = self.sources.missing(sequence.request, draft)
+            if source is None:
+                return 0
+            if wanted + source + sum(map(pool.is_idle, blocks)) <= pool.available:
+                break
+            if not self._make_way(sequence, draft):
+                return 0
         pool.hold(blocks)
         source_cached = self.sources.take(sequence.request, draft)
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_order)
-        sequence.row = self._free_rows.pop()
+        sequence.row = self.free_rows.pop()
         sequence.blocks, sequence.block_keys, sequence.scheduled = list(blocks), list(keys), computed
         metrics = sequence.request.metrics
         if metrics.queue_time is None:
             self.fresh -= 1
-            metrics.queue_time = self._clock() - metrics.arrival
+            metrics.queue_time = self.clock() - metrics.arrival
             metrics.cached_tokens = computed + (metrics.prompt_tokens - sequence.num_prompt) * source_cached
         self._coming.announce(sequence)
-        draft.new_rows.append(self._new_row(sequence))
+        draft.new_rows.append(self.new_row(sequence))
         draft.new_blocks |= {(sequence.row, index): block for index, block in enumerate(blocks)}
         count = min(sequence.length - computed, budget)
         if not self._make_room(sequence, computed + count, draft):
@@ -163,7 +177,7 @@ class Scheduler:
             return
         if sequence.samples_pending:
             return
-        while not self._free_rows or not self._admit(sequence, draft, budget):
+        while not self.free_rows or not self._admit(sequence, draft, budget):
             self._preempt(self.running[-1], draft)
 
     def _make_room(self, sequence: Sequence, tokens: int, draft: Draft) -> bool:
@@ -176,6 +190,8 @@ class Scheduler:
             missing = self._blocks_for(tokens) - len(sequence.blocks)
             if max(missing, 0) + copies <= pool.available:
                 break
+            if self._make_way(sequence, draft):
+                continue
             victim = self.running[-1]
             self._preempt(victim, draft)
             if victim is sequence:
@@ -200,6 +216,15 @@ class Scheduler:
         draft.parts.append((sequence, sequence.epoch, step))
         sequence.scheduled += count
         sequence.length += samples
+        if sequence.beam is not None:
+            self._beams.tell(sequence, draft)
+
+    def _make_way(self, sequence: Sequence, draft: Draft) -> bool:
+        """Preempt a beam that needs nothing at the moment, for one that does. False if there is none."""
+        victim = self._beams.waiting_behind(sequence)
+        if victim is not None:
+            self._preempt(victim, draft)
+        return victim is not None
 
     def _preempt(self, sequence: Sequence, draft: Draft) -> None:
         self._leave_device(sequence)
@@ -246,7 +271,10 @@ class Scheduler:
                 if sequence in self.suspects and step.start + step.count >= sequence.alone_until:
                     self.suspects.remove(sequence)
             if event is not None:
-                self._take(sequence, step, event)
+                if sequence.beam is None:
+                    self._take(sequence, step, event)
+                else:
+                    self._beams.take(sequence, event)
 
     def rollback(self, draft: Draft) -> list[Sequence]:
         """Undo a step that did not run to its end: its sequences wait again, to compute anew. Returns those still
@@ -283,8 +311,11 @@ class Scheduler:
         own += self.sources.alone(sequence.request)
         self.pool.discard(own)
         self._scrub |= dict.fromkeys(own, NULL_BLOCK)
-        self._end(sequence)
-        self._emit(sequence, TokenEvent(sequence.index, error=error))
+        if sequence.beam is not None:
+            self._beams.end(sequence.request, TokenEvent(0, error=error))
+            return
+        self.end(sequence)
+        self.emit(sequence.request, TokenEvent(sequence.index, error=error))
 
     def _take(self, sequence: Sequence, step: RowStep, event: TokenEvent) -> None:
         request, metrics = sequence.request, sequence.request.metrics
@@ -293,7 +324,7 @@ class Scheduler:
             event.prompt_logprobs = event.prompt_logprobs[known:]
             sequence.prompt_logprobs_sent += len(event.prompt_logprobs)
         if event.token_ids:
-            now = self._clock() - metrics.arrival
+            now = self.clock() - metrics.arrival
             metrics.first_token_time = now if metrics.first_token_time is None else metrics.first_token_time
             metrics.last_token_time = now
             metrics.output_tokens += len(event.token_ids)
@@ -314,9 +345,9 @@ class Scheduler:
                 event.finish_reason = "length"
         event.index = sequence.index
         if event.finish_reason is not None:
-            self._end(sequence)
+            self.end(sequence)
         if event.token_ids or event.prompt_logprobs:
-            self._emit(sequence, event)
+            self.emit(sequence.request, event)
 
     # ---------------------------------------------------------------- helpers
 
@@ -330,7 +361,7 @@ class Scheduler:
         if sequence.coming_key:
             self._coming.announce(sequence)
 
-    def _end(self, sequence: Sequence) -> None:
+    def end(self, sequence: Sequence) -> None:
         sequence.finished = True
         if sequence.row >= 0:
             self._leave_device(sequence)
@@ -346,20 +377,20 @@ class Scheduler:
         self.running.remove(sequence)
         self._coming.withdraw(sequence)
         self.pool.release(sequence.blocks)
-        self._free_rows.append(sequence.row)
+        self.free_rows.append(sequence.row)
         sequence.blocks, sequence.block_keys, sequence.named, sequence.scheduled, sequence.row = [], [], [], 0, -1
         self.sources.leave(sequence.request)
         sequence.epoch += 1
 
-    def _emit(self, sequence: Sequence, event: TokenEvent) -> None:
+    def emit(self, request: Request, event: TokenEvent) -> None:
         try:
-            sequence.request.sink(event)
+            request.sink(event)
         except Exception:  # the caller is gone (a closed event loop): nobody waits for the rest
-            for other in sequence.request.sequences:
+            for other in request.sequences:
                 if not other.finished:
-                    self._end(other)
+                    self.end(other)
 
-    def _new_row(self, sequence: Sequence) -> NewRow:
+    def new_row(self, sequence: Sequence) -> NewRow:
         request = sequence.request
         stop_ids = tuple(request.eos_token_ids | request.stop_token_ids)
         seed = (request.seed + 0x9E3779B97F4A7C15 * sequence.index) % 2**64
@@ -376,31 +407,7 @@ class Scheduler:
         wants = sequence.request.params.prompt_logprobs is not None and sequence.index == 0
         return wants and sequence.prompt_logprobs_sent < sequence.num_prompt - 1
 
-    def _donor(self, sequence: Sequence, draft: Draft) -> Sequence | None:
-        """A running sibling that had computed the prompt before this step, for a sequence without output of its own.
-        (Copies run before the step's forward pass: what a sibling writes in this very step is not there yet.)"""
-        if sequence.index == 0 or sequence.num_output:
-            return None
-        for other in sequence.request.sequences:
-            if other.row >= 0 and other.scheduled >= other.num_prompt and not _prefills(other, draft):
-                return other
-        return None
-
     def _prefix_comes(self, sequence: Sequence) -> bool:
         """Another request's sequence is computing what this one would compute first: wait, and share its blocks."""
         forks = sequence.index > 0 and not sequence.num_output
         return not forks and not self._reports_prompt(sequence) and self._coming.would_help(sequence)
-
-    def _sibling_prefills(self, sequence: Sequence, draft: Draft) -> bool:
-        """A sibling is computing the prompt right now: wait and fork from it."""
-        if sequence.index == 0 or sequence.num_output or self._donor(sequence, draft):
-            return False
-        return any(
-            other.row >= 0 and (other.scheduled < other.num_prompt or _prefills(other, draft))
-            for other in sequence.request.sequences
-        )
-
-
-def _prefills(sequence: Sequence, draft: Draft) -> bool:
-    """Part of the prompt (but for its last token) is computed by this step."""
-    return any(part is sequence and step.start < part.num_prompt - 1 for part, _, step in draft.parts)

@@ -9,6 +9,11 @@ import torch
 
 from octavo.attention.base import LayerCache, PreparedAttention
 
+COPIED_AT_ONCE = 2**24
+"""Bytes. A block of an 8B model has 2 MiB, and 256 beams may copy one each."""
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+"""By bytes, a type whose copies are the same bits."""
+
 
 @dataclass(slots=True)
 class StepInputs:
@@ -46,17 +51,34 @@ class KVCache:
     """Keys and values of all layers. Block 0 stays zero."""
 
     layers: list[LayerCache]
+    memory: torch.Tensor
+    """`[2 * layers, num_blocks, KH, block_size, D]`, keys and values of a layer side by side: all of `layers`."""
+
+    @classmethod
+    def of(cls, memory: torch.Tensor, scales: list[torch.Tensor] | None = None) -> KVCache:
+        """`scales`: of each layer, for FP8."""
+        pairs = zip(memory[::2], memory[1::2], strict=True)
+        layers = [LayerCache(*pair, None if scales is None else scales[n]) for n, pair in enumerate(pairs)]
+        return cls(layers, memory)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All of them, each `[num_blocks, KH, block_size, D]`."""
-        return [cache for layer in self.layers for cache in (layer.keys, layer.values)]
+        return list(self.memory)
 
     def copy_blocks(self, sources: torch.Tensor, destinations: torch.Tensor) -> None:
-        """Copy whole blocks; all sources are read before any destination is written."""
-        for cache in self.tensors:
-            plain = cache.view(torch.uint8) if cache.itemsize == 1 else cache  # torch copies no FP8 by index
-            plain.index_copy_(0, destinations, plain.index_select(0, sources))
+        """Copy whole blocks, in order: one that is read may be written by a later copy, never by an earlier one. Of all
+        layers at once, because beams copy blocks in most steps: layer by layer, the default model's took 28 ms on 2
+        busy cores."""
+        memory = self.memory.view(_BITS[self.memory.itemsize])  # torch copies no FP8 by index, and numpy no bfloat16
+        at_once = max(1, COPIED_AT_ONCE // (self.memory.nbytes // memory.shape[1]))
+        for begin in range(0, len(sources), at_once):
+            some, places = sources[begin : begin + at_once], destinations[begin : begin + at_once]
+            if memory.device.type != "cpu":
+                memory.index_copy_(1, places, memory.index_select(1, some))
+            else:
+                blocks = memory.numpy().swapaxes(0, 1)
+                blocks[places.numpy()] = blocks[some.numpy()]
 
 
 @dataclass(slots=True)

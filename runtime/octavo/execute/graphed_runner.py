@@ -35,7 +35,8 @@ class GraphedRunner(Runner):
         self.table.apply(plan, self.kv, blocks=not self.graphs.fits(plan))
         rows = self._sampling([plan.steps[entry].row for entry in sampling])
         hidden = self.graphs.forward(plan, sampling)
-        drawn = not plan.masked and all(row.plain and not row.filtered and row.logprobs is None for row in rows)
+        simple = all(row.plain and not row.filtered and row.logprobs is None for row in rows)
+        drawn = simple and not plan.masked and not plan.searched
         sampled = None
         if sampling and drawn:
             self.graphs.draw(len(sampling))

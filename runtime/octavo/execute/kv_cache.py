@@ -17,7 +17,7 @@ import torch
 from octavo_kernels.ahead import compiled_ahead
 from octavo_kernels.rope import FP8_MAX
 
-from octavo.attention.base import AttentionBackend, LayerCache
+from octavo.attention.base import AttentionBackend
 from octavo.execute.context import ForwardContext, KVCache, StepInputs
 from octavo.execute.model import Model
 from octavo.host_memory import zero_pages
@@ -37,12 +37,8 @@ def gpu_cache(
     scales: list[torch.Tensor] | None = None,
 ) -> KVCache:  # fmt: skip
     """Keys and values of every layer by themselves. `scales`: of each layer, for FP8."""
-    shape = (blocks, model.num_kv_heads, block_size, model.head_dim)
-    made = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * model.num_layers)]
-    return KVCache([
-        LayerCache(keys, values, None if scales is None else scales[layer])
-        for layer, (keys, values) in enumerate(zip(made[::2], made[1::2], strict=True))
-    ])  # fmt: skip
+    shape = (2 * model.num_layers, blocks, model.num_kv_heads, block_size, model.head_dim)
+    return KVCache.of(torch.zeros(shape, dtype=dtype, device=device), scales)
 
 
 def cpu_cache(model: DecoderConfig, blocks: int, block_size: int, dtype: torch.dtype, *, packed: bool) -> KVCache:
@@ -51,10 +47,8 @@ def cpu_cache(model: DecoderConfig, blocks: int, block_size: int, dtype: torch.d
     layers, block = model.num_layers, (model.num_kv_heads, block_size, model.head_dim)
     memory = zero_pages(2 * layers * blocks * math.prod(block) * dtype.itemsize, large=packed).view(dtype)
     if packed:
-        whole = memory.view(blocks, layers, 2, *block)
-        return KVCache([LayerCache(whole[:, n, 0], whole[:, n, 1]) for n in range(layers)])
-    made = memory.view(layers, 2, blocks, *block)
-    return KVCache([LayerCache(made[n, 0], made[n, 1]) for n in range(layers)])
+        return KVCache.of(memory.view(blocks, 2 * layers, *block).transpose(0, 1))
+    return KVCache.of(memory.view(2 * layers, blocks, *block))
 
 
 @torch.inference_mode()

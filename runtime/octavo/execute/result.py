@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from octavo.decode.beam import Candidates
 from octavo.decode.sampler import DeviceLogprobs, Sampled
-from octavo.engine.request import RawLogprobs, TokenEvent
+from octavo.engine.request import BeamEvent, RawLogprobs, TokenEvent
 from octavo.errors import RequestFailedError
 
 CPU = torch.device("cpu")
@@ -37,6 +38,8 @@ class StepResult:
         if self.sampled is not None:
             self.sampled.tokens = _begin_copy(self.sampled.tokens)
             logprobs += [self.sampled.logprobs] if self.sampled.logprobs is not None else []
+            if (found := self.sampled.candidates) is not None:
+                found.tokens, found.scores = _begin_copy(found.tokens), _begin_copy(found.scores)
         for raw in logprobs:
             raw.chosen, raw.ranks = _begin_copy(raw.chosen), _begin_copy(raw.ranks)
             raw.top, raw.top_ids = _begin_copy(raw.top), _begin_copy(raw.top_ids)
@@ -61,10 +64,19 @@ class StepResult:
                 event.token_ids = [tokens[number]]
                 event.logprobs = [logprobs[number]] if number in logprobs else None
                 events[entry] = event
+            self._candidates(events)
         for entry, broken in enumerate(self.broken.tolist()):
             if broken:
                 events[entry] = TokenEvent(0, error=RequestFailedError("the model's output was not finite"))
         return events
+
+
+    def _candidates(self, events: list[TokenEvent | None]) -> None:
+        """Beams have candidates instead of a token."""
+        found = self.sampled.candidates if self.sampled is not None else None
+        if found is not None:
+            for number, tokens, scores in zip(found.rows, found.tokens.tolist(), found.scores.tolist(), strict=True):
+                events[self.sampling[number]] = BeamEvent(0, candidates=Candidates(tokens, scores))
 
 
 def _begin_copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,26 @@ def most_likely(logits: torch.Tensor) -> torch.Tensor:
     return logits.max(dim=-1).indices
 
 
+def log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """[S, V] -> [S, V] float32. On the CPU row by row: several at once, torch would share out among its threads."""
+    if logits.device.type != "cpu":
+        return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    result = torch.empty(logits.shape, dtype=torch.float32)
+    for row, out in zip(logits, result, strict=True):
+        torch.log_softmax(row, dim=0, dtype=torch.float32, out=out)
+    return result
+
+
+def highest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[S, V] -> the highest `count` of each row in order, [S, count], and their places. On the CPU row by row too:
+    steps of four beams of the default model take 7 ms then, not 14."""
+    if values.device.type != "cpu":
+        best, places = values.topk(count, dim=1)
+        return best, places
+    rows = [row.topk(count) for row in values]
+    return torch.stack([found.values for found in rows]), torch.stack([found.indices for found in rows])
+
+
 def host_step_inputs(
     rows: torch.Tensor, starts: torch.Tensor, query_start: torch.Tensor, tokens: torch.Tensor,
     block_table: torch.Tensor, block_size: int, *, total: int,

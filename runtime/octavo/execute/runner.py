@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from octavo.attention.base import AttentionBackend
 from octavo.decode.row import RowSampling
 from octavo.decode.sampler import DeviceLogprobs, Mask, Sampled, SampledRows, Sampler, join, logprobs_of
-from octavo.engine.plan import Masks, StepPlan
+from octavo.engine.plan import Masks, SearchedStep, StepPlan
 from octavo.execute.context import ForwardContext, KVCache, StepInputs
 from octavo.execute.model import Model
 from octavo.execute.result import StepResult
@@ -66,9 +66,26 @@ class Runner:
         batch = SampledRows(logits, rows, positions, self._sampling(host_rows), host_rows, lengths)
         under_grammar = set(plan.masked)
         masked = [place for place, entry in enumerate(sampling) if entry in under_grammar]
-        sampled = self._draw(batch, masked, masks)
+        if plan.searched:
+            sampled = self._search(batch, sampling, plan.searched, masked, masks)
+        else:
+            sampled = self._draw(batch, masked, masks)
         table.tokens.index_put_((rows, positions), sampled.tokens.clamp_min(0).to(torch.int32))
         return sampled
+
+    def _search(
+        self, batch: SampledRows, sampling: list[int], searched: tuple[SearchedStep, ...], masked: list[int],
+        masks: Masks,
+    ) -> Sampled:  # fmt: skip
+        """Candidates for the beams, tokens for the others."""
+        place_of = {entry: place for place, entry in enumerate(sampling)}
+        beams = [place_of[step.entry] for step in searched]
+        scores, keep = [step.score for step in searched], max(step.keep for step in searched)
+        others = sorted(set(range(len(sampling))) - set(beams))
+        if not others:
+            return self.sampler.search(batch, scores, keep)
+        drawn = self._draw(batch.part(others), [others.index(place) for place in masked], masks)
+        return join([(others, drawn), (beams, self.sampler.search(batch.part(beams), scores, keep))])
 
     def _draw(self, batch: SampledRows, masked: list[int], masks: Masks) -> Sampled:
         """Rows under a grammar come last: the others need not wait for the masks."""

@@ -41,7 +41,8 @@ class RowTable:
         return to_device(values, dtype, self.device)
 
     def apply(self, plan: StepPlan, kv: KVCache, *, blocks: bool = True) -> None:
-        """Take over a plan's changes: copied blocks, new rows, and new blocks unless something else enters them."""
+        """Take over a plan's changes: copied blocks, new rows, tokens, and new blocks
+        unless something else enters them."""
         if plan.copies:
             pairs = self.send([block for pair in plan.copies for block in pair], torch.int64).view(-1, 2)
             kv.copy_blocks(pairs[:, 0], pairs[:, 1])
@@ -58,6 +59,9 @@ class RowTable:
         if blocks and plan.new_blocks:
             update = self.send([value for entry in plan.new_blocks for value in entry], torch.int64).view(-1, 3)
             self.block_table.index_put_((update[:, 0], update[:, 1]), update[:, 2].to(torch.int32))
+        if plan.tokens:
+            chosen = self.send([value for entry in plan.tokens for value in entry], torch.int64).view(-1, 3)
+            self.tokens.index_put_((chosen[:, 0], chosen[:, 1]), chosen[:, 2].to(torch.int32))
 
     def gather(self, plan: StepPlan, row_multiple: int) -> StepInputs:
         """Device inputs of a step, padded to a multiple of `row_multiple` tokens."""

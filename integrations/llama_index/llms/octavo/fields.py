@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from llama_index.core.base.llms.types import LLMMetadata
 from llama_index.core.bridge.pydantic import Field, PrivateAttr, ValidationError, field_serializer
@@ -67,6 +67,11 @@ class OctavoFields(FunctionCallingLLM):
     logprobs: int | None = Field(default=None, description="Log-probabilities of this many most likely tokens.")
     prompt_logprobs: int | None = Field(default=None, description="The same for the prompt, in raw.")
     seed: int | None = Field(default=None, description="The same seed gives the same tokens, whatever else runs.")
+    no_repeat_ngram_size: int | None = Field(default=None, description="No run of so many tokens is made twice.")
+    use_beam_search: bool | None = Field(default=None, description="Search for the likeliest outputs instead.")
+    beam_width: int | None = Field(default=None, description="Beams of a search.")
+    length_penalty: float | None = Field(default=None, description="Of a search: above 0 favours long outputs.")
+    early_stopping: bool | Literal["never"] | None = Field(default=None, description="When a search ends.")
     structured_outputs: StructuredOutputsParams | dict[str, Any] | None = Field(
         default=None, description="The form that every output must have: json, regex, choice, grammar or json_object."
     )
@@ -95,8 +100,11 @@ class OctavoFields(FunctionCallingLLM):
         """The fields of this object, over them `additional_kwargs`, over them `given`; None leaves a default in place.
         Raises `RequestError` that names the bad one."""
         own = {name: getattr(self, name) for name in SAMPLING}
-        layers = {**own, **self.additional_kwargs, **given}
+        more = {**self.additional_kwargs, **given}
+        layers = {**own, **more}
         merged = {name: value for name, value in layers.items() if name in SAMPLING and value is not None}
+        if merged.get("use_beam_search") and "temperature" not in more and self.temperature == DEFAULT_TEMPERATURE:
+            del merged["temperature"]  # LlamaIndex's default, which does not apply to a search
         form = merged.get("structured_outputs")
         if isinstance(form, Mapping):
             refuse_unknown(form, _FORMS, "entry of structured_outputs")
