@@ -265,9 +265,9 @@ class AsyncLLM(Client):
         return settled([found[place] for place in range(len(requests))], return_exceptions)
 
     async def translate(
-        self, texts: str | Sequence[str], *, source: str | None = None, target: str | None = None, beam_width: int = 1,
-        max_tokens: int | None = None, sampling_params: SamplingParams | None = None, priority: int = 0,
-        return_exceptions: bool = False,
+        self, texts: str | Sequence[str], *, source: str | None = None, target: str | None = None,
+        beam_width: int | None = None, max_tokens: int | None = None, sampling_params: SamplingParams | None = None,
+        priority: int = 0, return_exceptions: bool = False,
     ) -> list[TranslationOutput]:  # fmt: skip
         """Translate texts. See `LLM.translate`."""
         job = await self._plan(texts, source, target, max_tokens, beam_width, sampling_params)
@@ -276,7 +276,7 @@ class AsyncLLM(Client):
         return settled(job.outputs(outputs), return_exceptions)
 
     async def translate_stream(
-        self, text: str, *, source: str | None = None, target: str | None = None, beam_width: int = 1,
+        self, text: str, *, source: str | None = None, target: str | None = None, beam_width: int | None = None,
         max_tokens: int | None = None, sampling_params: SamplingParams | None = None, priority: int = 0,
     ) -> AsyncIterator[str]:  # fmt: skip
         """One text in pieces, a sentence each, in order: `async for piece in llm.translate_stream(...)`."""
@@ -297,7 +297,7 @@ class AsyncLLM(Client):
 
     async def _plan(
         self, texts: str | Sequence[str], source: str | None, target: str | None, max_tokens: int | None,
-        beam_width: int, params: SamplingParams | None,
+        beam_width: int | None, params: SamplingParams | None,
     ) -> TranslationJob:  # fmt: skip
         """In a thread: a book takes a while to be cut."""
         from octavo.translation.job import plan_translation

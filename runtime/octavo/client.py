@@ -97,9 +97,9 @@ class Client:
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise RequestError(f"priority must be an integer, not {priority!r}", "priority")
         text, ids, salt = self._prompt(prompt, special)
-        source_ids = None
+        source_ids, forced = None, 0
         if engine.scheme is not None:
-            source_ids, ids = ids, self._decoder_prompt(engine.scheme, prompt)
+            source_ids, (ids, forced) = ids, self._decoder_prompt(engine.scheme, prompt)
         number = next(self._made)
         request = Request(
             f"octavo-{next(_numbers)}", ids, params, sink,
@@ -108,6 +108,7 @@ class Client:
             bad_word_ids=[*self._bad_words(params), *getattr(engine.model_config, "bad_word_ids", ())],
             seed=params.seed if params.seed is not None else random.Random((engine.config.seed << 32) +
             number).getrandbits(62), priority=priority, cache_salt=salt, source_ids=source_ids,
+            length_offset=forced,
         )  # fmt: skip
         if constrain and params.structured_outputs is not None:
             request.constrain(engine.grammars.compile(params.structured_outputs).start)
@@ -151,14 +152,17 @@ class Client:
                 raise RequestError(f"token ids must be integers from 0 to {vocabulary - 1}, not {token!r}", field)
         return ids
 
-    def _decoder_prompt(self, scheme: Scheme, prompt: Prompt) -> list[int]:
+    def _decoder_prompt(self, scheme: Scheme, prompt: Prompt) -> tuple[list[int], int]:
+        """What the decoder begins with, and how many of these tokens count as made: those that the model is forced to
+        begin with, but not those of a caller."""
         given = prompt.get("decoder_prompt_token_ids") if isinstance(prompt, Mapping) else None
         if given is None:
-            return scheme.prompt_ids(_languages(scheme, prompt)[1])
+            ids = scheme.prompt_ids(_languages(scheme, prompt)[1])
+            return ids, len(ids) - 1
         name = "decoder_prompt_token_ids"
         if not isinstance(given, Sequence) or isinstance(given, str | bytes) or not given:
             raise RequestError(f"{name} must be token ids, one at least", name)
-        return self._checked_ids(given, name)
+        return self._checked_ids(given, name), 0
 
     def _max_tokens(self, prompt_tokens: int, params: SamplingParams, source: Sequence[int] | None = None) -> int:
         limits = self.engine.limits

@@ -204,30 +204,32 @@ class LLM(Client):
 
     @overload
     def translate(
-        self, texts: str | Sequence[str], *, source: str | None = None, target: str | None = None, beam_width: int = 1,
-        max_tokens: int | None = None, sampling_params: SamplingParams | None = None, stream: Literal[False] = False,
-        priority: int = 0, use_tqdm: bool | None = None, return_exceptions: bool = False,
+        self, texts: str | Sequence[str], *, source: str | None = None, target: str | None = None,
+        beam_width: int | None = None, max_tokens: int | None = None, sampling_params: SamplingParams | None = None,
+        stream: Literal[False] = False, priority: int = 0, use_tqdm: bool | None = None,
+        return_exceptions: bool = False,
     ) -> list[TranslationOutput]: ...  # fmt: skip
 
     @overload
     def translate(
-        self, texts: str | Sequence[str], *, source: str | None = None, target: str | None = None, beam_width: int = 1,
-        max_tokens: int | None = None, sampling_params: SamplingParams | None = None, stream: Literal[True],
-        priority: int = 0, use_tqdm: bool | None = None, return_exceptions: bool = False,
+        self, texts: str | Sequence[str], *, source: str | None = None, target: str | None = None,
+        beam_width: int | None = None, max_tokens: int | None = None, sampling_params: SamplingParams | None = None,
+        stream: Literal[True], priority: int = 0, use_tqdm: bool | None = None, return_exceptions: bool = False,
     ) -> Iterator[str]: ...  # fmt: skip
 
     def translate(
-        self, texts: str | Sequence[str], *, source: str | None = None, target: str | None = None, beam_width: int = 1,
-        max_tokens: int | None = None, sampling_params: SamplingParams | None = None, stream: bool = False,
-        priority: int = 0, use_tqdm: bool | None = None, return_exceptions: bool = False,
+        self, texts: str | Sequence[str], *, source: str | None = None, target: str | None = None,
+        beam_width: int | None = None, max_tokens: int | None = None, sampling_params: SamplingParams | None = None,
+        stream: bool = False, priority: int = 0, use_tqdm: bool | None = None, return_exceptions: bool = False,
     ) -> list[TranslationOutput] | Iterator[str]:  # fmt: skip
         """Translate texts of any length: by a translation model sentence by sentence, by a chat model line by line.
         Blanks and line ends stay as they are; all sentences of all texts run in one batch.
 
         source, target: languages by English name ("French"), ISO 639 code ("fr", "fra"), tag ("pt-BR") or FLORES-200
-        code ("fra_Latn"). A model of one pair needs neither. max_tokens: of a sentence. sampling_params: instead of
-        the most likely tokens. stream: yield one text in pieces, a sentence each, as they are done, in order.
-        use_tqdm: a bar over sentences. return_exceptions: as for `generate`.
+        code ("fra_Latn"). A model of one pair needs neither. beam_width: of a search; None takes the most likely
+        token each time. max_tokens: of a sentence. sampling_params: instead of these two.
+        stream: yield one text in pieces, a sentence each, as they are done, in order. use_tqdm: a bar over
+        sentences. return_exceptions: as for `generate`.
 
         Raises `RequestError`; for an unknown language it suggests the nearest.
         """

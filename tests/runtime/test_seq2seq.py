@@ -40,19 +40,21 @@ def add(driver: Driver, parts: Seq2SeqParts, source: list[int], forced: int | No
     prompt = [parts.config.decoder_start_token_id, *([] if forced is None else [forced])]
     return driver.add(
         prompt, SamplingParams(**settings), eos=parts.config.eos_token_ids, source=source,
-        bad_words=parts.config.bad_word_ids,
+        bad_words=parts.config.bad_word_ids, offset=len(prompt) - 1,
     )  # fmt: skip
 
 
-def theirs(model: Any, *batch: list[int], forced: int | None = None, penalty: float = 1.0) -> list[list[int]]:
+def theirs(
+    model: Any, *batch: list[int], forced: int | None = None, penalty: float = 1.0, beams: int = 1, **options: Any
+) -> list[list[int]]:
     """What transformers makes of sources, without what the decoder begins with."""
     longest = max(map(len, batch))
     pad, end = model.config.pad_token_id, model.config.eos_token_id
     ids = torch.tensor([source + [pad] * (longest - len(source)) for source in batch])
     mask = torch.tensor([[1] * len(source) + [0] * (longest - len(source)) for source in batch])
     given = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=MAX_TOKENS + (forced is not None), num_beams=1,
-        do_sample=False, forced_bos_token_id=forced, repetition_penalty=penalty,
+        input_ids=ids, attention_mask=mask, max_new_tokens=MAX_TOKENS + (forced is not None), num_beams=beams,
+        do_sample=False, forced_bos_token_id=forced, repetition_penalty=penalty, **options,
     )  # fmt: skip
     outputs = given[:, 1 + (forced is not None) :].tolist()
     return [tokens[: tokens.index(end) + 1] if end in tokens else tokens for tokens in outputs]
@@ -112,6 +114,43 @@ def test_greedy_tokens_are_those_of_transformers_in_any_batch(made: Any, name: s
         assert not driver.errors
         for place, request in requests.items():
             assert driver.tokens[request.request_id, 0] == expected[place], (name, settings, place)
+        preemptions += driver.core.scheduler.preemptions
+    assert preemptions > 0
+
+
+SEARCHES: list[dict[str, Any]] = [
+    {"beams": 2}, {"beams": 4, "forced": 17}, {"beams": 5, "length_penalty": 2.0, "no_repeat_ngram_size": 2},
+    {"beams": 4, "early_stopping": True, "length_penalty": -1.0}, {"beams": 1, "forced": 90},
+    {"beams": 4, "penalty": 3.0, "early_stopping": "never"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_beams_are_those_of_transformers_in_any_batch(made: Any, name: str) -> None:
+    model, parts = made(name)
+    batch = sources(60, seed=12)
+    expected: list[list[int]] = []
+    for place, search in enumerate(SEARCHES):
+        expected += theirs(model, *batch[10 * place : 10 * place + 10], **search)
+    preemptions = 0
+    for seed in range(2):
+        rng = random.Random(seed)
+        driver = Driver(parts.core(num_blocks=[30, 80][seed], max_num_seqs=[5, 16][seed], budget=30, depth=seed))
+        order = rng.sample(range(60), 60)
+        requests: dict[int, Request] = {}
+        while order or not driver.core.idle:
+            for _ in range(min(rng.randrange(4), len(order))):
+                place = order.pop()
+                search = dict(SEARCHES[place // 10])
+                width, forced = search.pop("beams"), search.pop("forced", None)
+                penalty = search.pop("penalty", 1.0)
+                beams = {"use_beam_search": True, "beam_width": width, **search}
+                requests[place] = add(driver, parts, batch[place], forced, repetition_penalty=penalty, **beams)
+            driver.core.step()
+        assert driver.core.scheduler.pool.used == 0
+        assert not driver.errors
+        for place, request in requests.items():
+            assert driver.tokens[request.request_id, 0] == expected[place], (SEARCHES[place // 10], place)
         preemptions += driver.core.scheduler.preemptions
     assert preemptions > 0
 

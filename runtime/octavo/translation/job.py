@@ -78,16 +78,12 @@ class TranslationJob:
 
 
 def plan_translation(
-    client: Client, texts: object, source: object, target: object, *, max_tokens: int | None, beam_width: int,
+    client: Client, texts: object, source: object, target: object, *, max_tokens: int | None, beam_width: int | None,
     sampling_params: SamplingParams | None,
 ) -> TranslationJob:  # fmt: skip
     """Check everything and cut the texts. Raises `RequestError` that names the argument."""
     batch = _checked(texts)
-    if isinstance(beam_width, bool) or not isinstance(beam_width, int) or beam_width < 1:
-        raise RequestError(f"beam_width must be a positive integer, not {beam_width!r}", "beam_width")
-    if beam_width > 1:
-        raise RequestError("beam search is not there yet: leave beam_width out", "beam_width")
-    params = _params(client, sampling_params, max_tokens)
+    params = _params(client, sampling_params, max_tokens, beam_width)
     scheme = client.engine.scheme
     if scheme is None:
         return _chat_job(client, batch, source, target, params)
@@ -144,13 +140,20 @@ def _named(name: object, field: str) -> str:
     return language_name("-".join(part for part in (found.code, found.script, found.region) if part))
 
 
-def _params(client: Client, given: SamplingParams | None, max_tokens: int | None) -> SamplingParams:
+def _params(
+    client: Client, given: SamplingParams | None, max_tokens: int | None, beam_width: int | None
+) -> SamplingParams:
     if given is not None and max_tokens is not None:
         raise RequestError("give max_tokens in sampling_params, or without them", "max_tokens")
+    if given is not None and beam_width is not None:
+        raise RequestError("give beam_width in sampling_params, or without them", "beam_width")
     if given is not None and not isinstance(given, SamplingParams):
         raise RequestError(f"sampling_params must be SamplingParams, not {type(given).__name__}", "sampling_params")
-    params = given or SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS if max_tokens is None else max_tokens)
-    if params.width > 1:
+    tokens = MAX_TOKENS if max_tokens is None else max_tokens
+    params = given or SamplingParams(
+        temperature=0.0, max_tokens=tokens, use_beam_search=beam_width is not None, beam_width=beam_width
+    )
+    if params.choices > 1:
         raise RequestError("a text has one translation: leave n and best_of out", "n")
     client.engine.check_generates()
     return params
