@@ -4,6 +4,7 @@ result."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -68,3 +69,8 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def prepare(self, inputs: StepInputs) -> PreparedAttention: ...
+
+    def prepare_cross(self, inputs: StepInputs, sources: Sequence[int]) -> PreparedAttention:
+        """Attention to sources: every token of the step is a sequence of one query at the end of its source, `lengths`
+        are those of the sources. Tokens with equal `sources` have the same one."""
+        return self.prepare(inputs)

@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from octavo.attention.cpu import KV_PAD
+from octavo.attention.base import AttentionBackend
+from octavo.attention.cpu import KV_PAD, CpuAttention
 from octavo.config import EngineConfig
 from octavo.engine.blocks import BlockPool
 from octavo.engine.core import EngineCore
@@ -105,9 +106,16 @@ def core_around(
     )  # fmt: skip
     runner = Seq2SeqRunner(
         model, make_kv_cache(config, resolved), RowTable(rows, length, size, config.vocab_size, device),
-        attention_for(device, resolved.dtype, config), SourceTable(rows, length, size, KV_PAD, device),
+        _attention(device, resolved.dtype, config, size), SourceTable(rows, length, size, KV_PAD, device),
     )  # fmt: skip
     return EngineCore(scheduler, runner, depth=resolved.depth, turns=turns)
+
+
+def _attention(
+    device: torch.device, dtype: torch.dtype, config: Seq2SeqConfig, block_size: int
+) -> AttentionBackend:
+    """Sources and outputs are sentences as a rule: padding them to 64 keys would cost more than attending to them."""
+    return CpuAttention(dtype, block_size) if device.type == "cpu" else attention_for(device, dtype, config)
 
 
 def load_seq2seq(

@@ -42,6 +42,8 @@ class SourceTable:
         self.block_size, self.device = block_size, device
         self.blocks = torch.zeros(rows, -(-padded // block_size), dtype=torch.int32, device=device)
         self.lengths = [0] * rows
+        self.names = [0] * rows
+        """A source's first block: equal for rows that read the same one."""
 
     def apply(self, new_rows: Sequence[NewRow]) -> None:
         places = [(new.row, new.source) for new in new_rows if new.source is not None]
@@ -50,7 +52,7 @@ class SourceTable:
         wide = np.zeros((len(places), self.blocks.shape[1]), dtype=np.int32)
         for entry, (row, source) in enumerate(places):
             wide[entry, : len(source.blocks)] = source.blocks
-            self.lengths[row] = source.length
+            self.lengths[row], self.names[row] = source.length, source.blocks[0]
         rows = to_device([row for row, _ in places], torch.int64, self.device)
         self.blocks.index_copy_(0, rows, array_to_device(wide, self.device))
 
@@ -83,8 +85,9 @@ class Seq2SeqRunner(Runner):
         if plan.sources:
             self._encode(plan.sources)
         self.sources.apply(plan.new_rows)
-        cross = self.attention.prepare(self.sources.gather(inputs))
-        return ForwardContext(inputs, self.attention.prepare(inputs), self.kv, cross)
+        cross = self.sources.gather(inputs)
+        prepared = self.attention.prepare_cross(cross, [self.sources.names[row] for row in cross.host_rows])
+        return ForwardContext(inputs, self.attention.prepare(inputs), self.kv, prepared)
 
     def _encode(self, sources: Sequence[NewSource]) -> None:
         size = self.sources.block_size
