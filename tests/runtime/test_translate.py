@@ -144,6 +144,15 @@ def test_sentences_longer_than_the_model_reads_are_cut(engines: Any) -> None:
         llm.generate(text)
 
 
+def test_a_source_must_fit_into_the_cache(made: Any) -> None:
+    with LLM(str(made("marian")[0]), dtype="float32", num_blocks=6, block_size=16) as llm:
+        params = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
+        (output,) = llm.generate([{"prompt_token_ids": [5] * 50}], params)
+        assert len(output.outputs[0].token_ids) == 15  # one block of five is left, for these and the start
+        with pytest.raises(RequestError, match="num_blocks"):
+            llm.generate([{"prompt_token_ids": [5] * 70}], params)
+
+
 def test_asyncio(made: Any) -> None:
     async def run() -> None:
         async with await AsyncLLM.create(str(made("nllb")[0]), dtype="float32", num_blocks=200) as llm:
