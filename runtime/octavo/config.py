@@ -63,7 +63,7 @@ class EngineConfig:
     the process's context take; on the CPU weights and KV cache, beside what is in use already.
     Default: enough for `max_num_seqs` sequences of moderate length, and at most half of what is free."""
     max_num_seqs: int | None = None
-    """Sequences that run at once. Default 256 on a GPU, 64 on the CPU."""
+    """Sequences that run at once. Default 256 on a GPU, 64 on the CPU, 128 there for encoder-decoders."""
     max_num_batched_tokens: int | None = None
     """Token budget of a step. Default 8192 on a GPU, 512 on the CPU."""
     max_queued_requests: int = 4096

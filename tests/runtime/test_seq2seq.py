@@ -13,6 +13,9 @@ from core_driver import Driver
 from octavo import SamplingParams
 from octavo.attention.texts import TextBatch
 from octavo.engine.request import Request
+from octavo.errors import ModelFileError
+from octavo.models.config import Fields
+from octavo.models.seq2seq_config import parse_seq2seq_config
 from tiny_seq2seq import FAMILIES, LENGTH, VOCABULARY, Seq2SeqParts, make_seq2seq
 
 MAX_TOKENS = 20
@@ -306,3 +309,49 @@ def test_log_probabilities_are_of_the_raw_logits(made: Any) -> None:
     expected = torch.log_softmax(logits, -1)[torch.arange(len(tokens)), torch.tensor(tokens)]
     found = torch.tensor([raw.logprob for raw in driver.logprobs[request.request_id, 0]])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+# -- configurations --------------------------------------------------------------------------------------------------
+
+SOUND: dict[str, dict[str, Any]] = {
+    "m2m_100": {"architectures": ["M2M100ForConditionalGeneration"], "vocab_size": 100, "d_model": 32},
+    "marian": {
+        "architectures": ["MarianMTModel"], "vocab_size": 100, "pad_token_id": 9, "decoder_start_token_id": 9,
+    },
+    "t5": {"architectures": ["T5ForConditionalGeneration"], "vocab_size": 100, "num_heads": 4},
+}  # fmt: skip
+
+
+def read(kind: str, changes: dict[str, Any], generation: dict[str, Any] | None = None) -> Any:
+    return parse_seq2seq_config(Fields(SOUND[kind] | changes, "config.json"), Fields(generation or {}, "generation"))
+
+
+@pytest.mark.parametrize(("kind", "changes", "field"), [
+    ("m2m_100", {"d_model": 33}, "d_model"), ("m2m_100", {"decoder_attention_heads": 5}, "d_model"),
+    ("m2m_100", {"vocab_size": None}, "vocab_size"), ("m2m_100", {"vocab_size": 2}, "vocab_size"),
+    ("m2m_100", {"encoder_layers": -1}, "encoder_layers"), ("m2m_100", {"d_model": "big"}, "d_model"),
+    ("m2m_100", {"activation_function": "swiglu"}, "activation_function"),
+    ("m2m_100", {"quantization_config": {}}, "quantization_config"),
+    ("m2m_100", {"architectures": "x"}, "architectures"), ("m2m_100", {"architectures": ["B"]}, "architectures"),
+    ("marian", {"share_encoder_decoder_embeddings": False}, "share_encoder_decoder_embeddings"),
+    ("marian", {"bad_words_ids": [3]}, "bad_words_ids"), ("marian", {"bad_words_ids": [[]]}, "bad_words_ids"),
+    ("t5", {"feed_forward_proj": "gated-tanh"}, "feed_forward_proj"),
+    ("t5", {"relative_attention_num_buckets": 30}, "relative_attention_num_buckets"),
+    ("t5", {"relative_attention_max_distance": 10}, "relative_attention_num_buckets"),
+    ("t5", {"eos_token_id": 100}, "vocab_size"),
+])  # fmt: skip
+def test_bad_configurations_are_named(kind: str, changes: dict[str, Any], field: str) -> None:
+    assert read(kind, {})
+    with pytest.raises(ModelFileError) as caught:
+        read(kind, changes)
+    assert caught.value.field == field
+
+
+def test_generation_settings_win() -> None:
+    given = {"forced_bos_token_id": 7, "bad_words_ids": [[9], [1, 2]], "eos_token_id": [3, 4], "num_beams": 5}
+    config = read("marian", {"bad_words_ids": [[5]], "eos_token_id": 0}, given)
+    assert config.forced_bos_token_id == 7
+    assert config.bad_word_ids == ((9,), (1, 2))
+    assert config.eos_token_ids == (3, 4, 0)
+    assert read("t5", {"tie_word_embeddings": False}).scales_head is False
+    assert read("t5", {}).scales_head is True

@@ -4,6 +4,7 @@ name; no blank is lost."""
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -143,6 +144,15 @@ def test_sentences_longer_than_the_model_reads_are_cut(engines: Any) -> None:
         llm.generate(text)
 
 
+def test_a_source_must_fit_into_the_cache(made: Any) -> None:
+    with LLM(str(made("marian")[0]), dtype="float32", num_blocks=6, block_size=16) as llm:
+        params = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
+        (output,) = llm.generate([{"prompt_token_ids": [5] * 50}], params)
+        assert len(output.outputs[0].token_ids) == 15  # one block of five is left, for these and the start
+        with pytest.raises(RequestError, match="num_blocks"):
+            llm.generate([{"prompt_token_ids": [5] * 70}], params)
+
+
 def test_asyncio(made: Any) -> None:
     async def run() -> None:
         async with await AsyncLLM.create(str(made("nllb")[0]), dtype="float32", num_blocks=200) as llm:
@@ -160,6 +170,26 @@ def test_asyncio(made: Any) -> None:
             assert llm.stats().running == llm.stats().blocks_used == 0
 
     asyncio.run(run())
+
+
+def test_the_command_line(made: Any, tmp_path: Path) -> None:
+    from octavo.cli.app import app
+    from typer.testing import CliRunner
+
+    folder, text = str(made("nllb")[0]), "The fox runs.\n\n It jumps!\n"
+    told = ["--target", "French", "-n", "5", "-m", folder, "--dtype", "float32"]
+    with LLM(folder, dtype="float32") as llm:
+        expected = llm.translate(text, target="French", max_tokens=5)[0]
+    done = CliRunner().invoke(app, ["translate", "-", *told], input=text)
+    assert done.exit_code == 0, done.output
+    assert done.stdout == expected.text
+    (tmp_path / "text").write_text(text)
+    done = CliRunner().invoke(app, ["translate", "--file", str(tmp_path / "text"), "--json", *told])
+    found = json.loads(done.stdout)
+    assert found["text"] == expected.text
+    assert len(found["sentences"]) == 2
+    for wrong, code in (["--target", "Franch"], 1), (["--file", str(tmp_path / "none")], 2):
+        assert CliRunner().invoke(app, ["translate", *told, *wrong], input="x").exit_code == code
 
 
 def test_requests_of_many_languages_share_a_batch(engines: Any) -> None:
@@ -349,7 +379,6 @@ def test_pickled_weights_need_a_flag_and_run_nothing(made: Any, tmp_path: Path) 
 
 
 def test_sharded_pickles(made: Any, tmp_path: Path) -> None:
-    import json
     import shutil
 
     from safetensors.torch import load_file

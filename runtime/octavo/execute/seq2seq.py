@@ -53,7 +53,7 @@ def resolve_seq2seq(config: EngineConfig, model: Seq2SeqConfig) -> Resolved:
     block_size = config.block_size or 16
     if not gpu and (block_size > KV_PAD or KV_PAD % block_size):
         raise ConfigError(f"block_size must divide {KV_PAD} on the CPU, not {block_size}", "block_size")
-    max_num_seqs = config.max_num_seqs or (256 if gpu else 64)
+    max_num_seqs = config.max_num_seqs or (256 if gpu else 128)  # each beam takes one
     max_batched = config.max_num_batched_tokens or (8192 if gpu else 512)
     if max_batched < max_num_seqs:
         message = f"max_num_batched_tokens={max_batched} is less than max_num_seqs={max_num_seqs}"
