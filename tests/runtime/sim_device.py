@@ -111,6 +111,7 @@ class SimDevice:
         self.slots: list[list[int | str | None]] = [[None] * self.size for _ in range(scheduler.pool.num_blocks)]
         self.rows: dict[int, _Row] = {}
         self.fail_launch = self.fail_wait = False
+        self.poisons = {POISON}
         self.raise_on: int | None = None
         """A token id: every step that computes it raises."""
         self.steps = self.copied = self.most_used = 0
@@ -194,7 +195,7 @@ class SimDevice:
         states: list[int | str] = []
         state: int | str = root(row.salt)
         for token in row.tokens[:end]:
-            state = NAN if token == POISON or state == NAN else digest(int(state), token)
+            state = NAN if token in self.poisons or state == NAN else digest(int(state), token)
             states.append(state)
         return states
 

@@ -228,6 +228,23 @@ def test_the_beam_that_raises_ends_its_search_alone(depth: int) -> None:
     assert [world.outcome(request)[:2] for request in others] == expected
 
 
+def test_several_broken_beams_leave_nothing_behind() -> None:
+    """Beams of one search take a poisoned token, often several in one step. What they wrote reaches nobody: on this
+    device a stale NaN in a reused block is found out."""
+    world = World(blocks=14, rows=8, budget=32, depth=0)
+    failed = 0
+    for number in range(120):
+        world.device.poisons = {20, 21, 22, 23}
+        guilty = world.add([10, 11 + number % 5, number % 7], max_tokens=14, search={"beam_width": 6})
+        world.run()
+        failed += world.outcome(guilty)[2] is not None
+        world.device.poisons = {POISON}
+        other = world.add([12] * 20 + [number % 9], max_tokens=20, ignore_eos=True)
+        world.run()
+        assert world.outcome(other)[:2] == world.expected(other, 0)
+    assert failed > 50
+
+
 def test_a_long_random_run_preempts_and_loses_nothing() -> None:
     """2000 requests through 10 blocks: the pool is always short, and every output is right."""
     rng = random.Random(5)

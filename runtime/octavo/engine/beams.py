@@ -83,9 +83,7 @@ class Beams:
         """End all beams, each output with an event like this one."""
         self._end_all(request)
         for index in range(request.params.choices):
-            self._scheduler.emit(
-                request, TokenEvent(index, finish_reason=event.finish_reason, error=event.error)
-            )
+            self._scheduler.emit(request, TokenEvent(index, finish_reason=event.finish_reason, error=event.error))
 
     # ---------------------------------------------------------------- one step of a search
 

@@ -305,9 +305,11 @@ class Scheduler:
                 self.suspects.append(sequence)
 
     def fail(self, sequence: Sequence, error: BaseException) -> None:
-        """End one sequence with an error. What it wrote is not trusted: nobody can find it, and zeros go over it,
-        because a NaN in a stale slot would survive the mask of the next owner (0 * NaN)."""
-        own = [block for block in sequence.blocks if not self.pool.is_shared(block)]
+        """End one sequence with an error, or the search of which it is a beam. What was written is not trusted: nobody
+        can find it, and zeros go over it, because a NaN in a stale slot would survive the mask of the next owner
+        (0 * NaN)."""
+        written = [block for each in sequence.request.beams or [sequence] for block in each.blocks]
+        own = [block for block in written if not self.pool.is_shared(block)]
         own += self.sources.alone(sequence.request)
         self.pool.discard(own)
         self._scrub |= dict.fromkeys(own, NULL_BLOCK)

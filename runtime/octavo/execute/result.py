@@ -70,7 +70,6 @@ class StepResult:
                 events[entry] = TokenEvent(0, error=RequestFailedError("the model's output was not finite"))
         return events
 
-
     def _candidates(self, events: list[TokenEvent | None]) -> None:
         """Beams have candidates instead of a token."""
         found = self.sampled.candidates if self.sampled is not None else None

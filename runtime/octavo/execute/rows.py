@@ -58,6 +58,15 @@ def highest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
     return torch.stack([found.values for found in rows]), torch.stack([found.indices for found in rows])
 
 
+def copy_columns(table: torch.Tensor, sources: torch.Tensor, destinations: torch.Tensor) -> None:
+    """[N, C, ...] integers: copy columns over others. All are read before any is written."""
+    if table.device.type != "cpu":
+        table.index_copy_(1, destinations, table.index_select(1, sources))
+        return
+    columns = table.numpy().swapaxes(0, 1)
+    columns[destinations.numpy()] = columns[sources.numpy()]
+
+
 def host_step_inputs(
     rows: torch.Tensor, starts: torch.Tensor, query_start: torch.Tensor, tokens: torch.Tensor,
     block_table: torch.Tensor, block_size: int, *, total: int,
