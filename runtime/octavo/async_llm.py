@@ -6,9 +6,10 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Self
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Self
 
 from octavo.beam_search import BeamSearchOutput, BeamSearchParams, beam_search_output, checked_params
 from octavo.client import Client, Message, Prompt
@@ -20,8 +21,11 @@ from octavo.engine.service import EngineService
 from octavo.errors import QueueFullError, RequestError
 from octavo.llm import Params, _as_batch, _each, conversations, settled
 from octavo.models.sources import DEFAULT_MODEL
-from octavo.outputs import EmbeddingOutput, RequestOutput, StreamPiece
+from octavo.outputs import EmbeddingOutput, RequestOutput, StreamPiece, TranslationOutput
 from octavo.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from octavo.translation.job import TranslationJob
 
 
 class AsyncTokenStream:
@@ -259,6 +263,49 @@ class AsyncLLM(Client):
                 service.abort(request)
             raise
         return settled([found[place] for place in range(len(requests))], return_exceptions)
+
+    async def translate(
+        self, texts: str | Sequence[str], *, source: str | None = None, target: str | None = None,
+        beam_width: int | None = None, max_tokens: int | None = None, sampling_params: SamplingParams | None = None,
+        priority: int = 0, return_exceptions: bool = False,
+    ) -> list[TranslationOutput]:  # fmt: skip
+        """Translate texts. See `LLM.translate`."""
+        job = await self._plan(texts, source, target, max_tokens, beam_width, sampling_params)
+        params = [job.params] * len(job.prompts)
+        outputs = await self._run(job.prompts, params, priority, True, special=not job.chats)
+        return settled(job.outputs(outputs), return_exceptions)
+
+    async def translate_stream(
+        self, text: str, *, source: str | None = None, target: str | None = None, beam_width: int | None = None,
+        max_tokens: int | None = None, sampling_params: SamplingParams | None = None, priority: int = 0,
+    ) -> AsyncIterator[str]:  # fmt: skip
+        """One text in pieces, a sentence each, in order: `async for piece in llm.translate_stream(...)`."""
+        job = await self._plan([text], source, target, max_tokens, beam_width, sampling_params)
+        if not job.prompts:
+            yield job.originals[0]
+        waiting, running = iter(job.prompts), deque[AsyncTokenStream]()
+        try:
+            for place in range(len(job.prompts)):
+                for prompt in islice(waiting, self.engine.limits.max_num_seqs - len(running)):
+                    running.append(self._stream(prompt, job.params, priority, special=not job.chats))
+                async for _ in running[0]:
+                    pass
+                yield job.pieces(place, running.popleft().output.text)
+        finally:
+            for sentence in running:
+                sentence.close()
+
+    async def _plan(
+        self, texts: str | Sequence[str], source: str | None, target: str | None, max_tokens: int | None,
+        beam_width: int | None, params: SamplingParams | None,
+    ) -> TranslationJob:  # fmt: skip
+        """In a thread: a book takes a while to be cut."""
+        from octavo.translation.job import plan_translation
+
+        return await asyncio.to_thread(
+            plan_translation, self, texts, source, target, max_tokens=max_tokens, beam_width=beam_width,
+            sampling_params=params,
+        )  # fmt: skip
 
     def _stream(
         self, prompt: Prompt, params: SamplingParams | None, priority: int, *, special: bool = True

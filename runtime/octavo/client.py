@@ -17,10 +17,12 @@ from octavo.host_memory import give_back_memory, memory_goes_back
 from octavo.models.sources import DEFAULT_MODEL, Progress
 from octavo.sampling_params import SamplingParams
 from octavo.tokenizer import Tokenizer
+from octavo.translation.scheme import Scheme
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or {"prompt": text} / {"prompt_token_ids": ids}, with an optional "cache_salt". Of a prompt given
-both ways the ids run."""
+both ways the ids run. For an encoder-decoder the prompt is what its encoder reads; "source" and "target" are languages,
+and "decoder_prompt_token_ids" says what its output begins with, instead of what follows from the target."""
 Message = Mapping[str, Any]
 
 _numbers = itertools.count(1)
@@ -95,21 +97,25 @@ class Client:
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise RequestError(f"priority must be an integer, not {priority!r}", "priority")
         text, ids, salt = self._prompt(prompt, special)
+        source_ids, forced = None, 0
+        if engine.scheme is not None:
+            source_ids, (ids, forced) = ids, self._decoder_prompt(engine.scheme, prompt)
         number = next(self._made)
         request = Request(
             f"octavo-{next(_numbers)}", ids, params, sink,
-            max_tokens=self._max_tokens(len(ids), params),
+            max_tokens=self._max_tokens(len(ids), params, source_ids),
             eos_token_ids=[*engine.model_config.eos_token_ids, *engine.tokenizer.eos_token_ids],
-            bad_word_ids=self._bad_words(params),
+            bad_word_ids=[*self._bad_words(params), *getattr(engine.model_config, "bad_word_ids", ())],
             seed=params.seed if params.seed is not None else random.Random((engine.config.seed << 32) +
-            number).getrandbits(62), priority=priority, cache_salt=salt,
+            number).getrandbits(62), priority=priority, cache_salt=salt, source_ids=source_ids,
+            length_offset=forced,
         )  # fmt: skip
         if constrain and params.structured_outputs is not None:
             request.constrain(engine.grammars.compile(params.structured_outputs).start)
         return Assembler(request, text, engine.tokenizer, engine.service.abort)
 
     def _prompt(self, prompt: Prompt, special: bool) -> tuple[str | None, list[int], str]:
-        salt = ""
+        salt, given = "", prompt
         text: str | None = None
         if isinstance(prompt, Mapping):
             salt = prompt.get("cache_salt") or ""
@@ -124,26 +130,56 @@ class Client:
                 prompt = prompt["prompt"]
             else:
                 raise RequestError('a prompt given as a dict needs "prompt" or "prompt_token_ids"', "prompt")
-        if isinstance(prompt, str):
+        scheme = self.engine.scheme
+        if isinstance(prompt, str) and scheme is not None:
+            ids, text = scheme.source_ids(prompt, *_languages(scheme, given)), prompt
+        elif isinstance(prompt, str):
             ids, text = self.tokenizer.encode(prompt, add_special_tokens=special), prompt
         elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
-            ids = cast(list[int], list(prompt))
-            vocabulary = self.engine.limits.vocab_size
-            sound = set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocabulary
-            for token in () if sound else ids:  # one by one, 8000 take a millisecond
-                if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
-                    raise RequestError(
-                        f"token ids must be integers from 0 to {vocabulary - 1}, not {token!r}", "prompt_token_ids"
-                    )
+            ids = self._checked_ids(cast(Sequence[int], prompt), "prompt_token_ids")
         else:
             raise RequestError(f"a prompt must be text or token ids, not {type(prompt).__name__}", "prompt")
         if not ids:
             raise RequestError("the prompt is empty: it has no token", "prompt")
         return text, ids, salt
 
-    def _max_tokens(self, prompt_tokens: int, params: SamplingParams) -> int:
+    def _checked_ids(self, given: Sequence[int], field: str) -> list[int]:
+        ids = cast(list[int], list(given))
+        vocabulary = self.engine.limits.vocab_size
+        sound = set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocabulary
+        for token in () if sound else ids:  # one by one, 8000 take a millisecond
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
+                raise RequestError(f"token ids must be integers from 0 to {vocabulary - 1}, not {token!r}", field)
+        return ids
+
+    def _decoder_prompt(self, scheme: Scheme, prompt: Prompt) -> tuple[list[int], int]:
+        """What the decoder begins with, and how many of these tokens count as made: those that the model is forced to
+        begin with, but not those of a caller."""
+        given = prompt.get("decoder_prompt_token_ids") if isinstance(prompt, Mapping) else None
+        if given is None:
+            ids = scheme.prompt_ids(_languages(scheme, prompt)[1])
+            return ids, len(ids) - 1
+        name = "decoder_prompt_token_ids"
+        if not isinstance(given, Sequence) or isinstance(given, str | bytes) or not given:
+            raise RequestError(f"{name} must be token ids, one at least", name)
+        return self._checked_ids(given, name), 0
+
+    def _max_tokens(self, prompt_tokens: int, params: SamplingParams, source: Sequence[int] | None = None) -> int:
         limits = self.engine.limits
         room = limits.max_model_len - prompt_tokens
+        if source is not None:
+            if len(source) > limits.max_model_len:
+                raise RequestError(
+                    f"the source has {len(source)} tokens, and the model reads {limits.max_model_len} at most: shorten "
+                    "it, or use translate(), which cuts texts into sentences", "prompt",
+                )  # fmt: skip
+            taken = -(-len(source) // limits.block_size)
+            room = min(room, (limits.num_blocks - 1 - taken) * limits.block_size - prompt_tokens)
+            if room < 1:
+                raise RequestError(
+                    f"the source has {len(source)} tokens, which leaves no room in the KV cache: shorten it, or start "
+                    "with more num_blocks", "prompt",
+                )  # fmt: skip
         if room < 1:
             raise RequestError(
                 f"the prompt has {prompt_tokens} tokens, but this engine holds {limits.max_model_len} with the output: "
@@ -188,3 +224,9 @@ class Client:
             ).prompt  # fmt: skip
         text = tokenizer.apply_chat_template(list(messages), **options)
         return {"prompt": text}
+
+
+def _languages(scheme: Scheme, prompt: Prompt) -> tuple[str | None, str | None]:
+    """The model's codes of the languages that a prompt names, if it names any."""
+    source, target = (prompt.get(name) if isinstance(prompt, Mapping) else None for name in ("source", "target"))
+    return (None, None) if source is target is None else scheme.languages(source, target)

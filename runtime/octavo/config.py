@@ -32,6 +32,9 @@ class EngineConfig:
     """Access token of the hub, for gated models."""
     trust_remote_code: bool = False
     """Let the tokenizer run Python code that comes with the model."""
+    allow_pickle: bool = False
+    """Read pickled weights (`pytorch_model.bin`) of a model that has no others. They are read as tensors only: a file
+    that holds anything else is refused."""
     load_format: str = "auto"
     """"auto" reads the model's weights; "dummy" fills them with small random numbers, to measure speed."""
     device: str = "auto"
@@ -60,7 +63,7 @@ class EngineConfig:
     the process's context take; on the CPU weights and KV cache, beside what is in use already.
     Default: enough for `max_num_seqs` sequences of moderate length, and at most half of what is free."""
     max_num_seqs: int | None = None
-    """Sequences that run at once. Default 256 on a GPU, 64 on the CPU."""
+    """Sequences that run at once. Default 256 on a GPU, 64 on the CPU, 128 there for encoder-decoders."""
     max_num_batched_tokens: int | None = None
     """Token budget of a step. Default 8192 on a GPU, 512 on the CPU."""
     max_queued_requests: int = 4096
@@ -111,7 +114,7 @@ class EngineConfig:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], not {share!r}", "gpu_memory_utilization")
         if sum(value is not None for value in (self.num_blocks, self.kv_cache_memory, share)) > 1:
             raise ConfigError("give one of num_blocks, kv_cache_memory and gpu_memory_utilization", "num_blocks")
-        for name in ("trust_remote_code", "enable_prefix_caching", "deterministic"):
+        for name in ("trust_remote_code", "allow_pickle", "enable_prefix_caching", "deterministic"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}", name)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):

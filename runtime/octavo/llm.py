@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import queue
 import sys
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import islice
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from octavo.beam_search import BeamSearchOutput, BeamSearchParams, beam_search_output, checked_params
 from octavo.client import Client, Message, Prompt
@@ -18,8 +20,11 @@ from octavo.engine.embed_request import EmbedEvent, EmbedRequest
 from octavo.engine.request import TokenEvent
 from octavo.engine.service import EngineService
 from octavo.errors import RequestError
-from octavo.outputs import EmbeddingOutput, RequestOutput, StreamPiece
+from octavo.outputs import EmbeddingOutput, RequestOutput, StreamPiece, TranslationOutput
 from octavo.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from octavo.translation.job import TranslationJob
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 
@@ -196,6 +201,66 @@ class LLM(Client):
                 service.abort(request)
             raise
         return settled([found[place] for place in range(len(requests))], return_exceptions)
+
+    @overload
+    def translate(
+        self, texts: str | Sequence[str], *, source: str | None = None, target: str | None = None,
+        beam_width: int | None = None, max_tokens: int | None = None, sampling_params: SamplingParams | None = None,
+        stream: Literal[False] = False, priority: int = 0, use_tqdm: bool | None = None,
+        return_exceptions: bool = False,
+    ) -> list[TranslationOutput]: ...  # fmt: skip
+
+    @overload
+    def translate(
+        self, texts: str | Sequence[str], *, source: str | None = None, target: str | None = None,
+        beam_width: int | None = None, max_tokens: int | None = None, sampling_params: SamplingParams | None = None,
+        stream: Literal[True], priority: int = 0, use_tqdm: bool | None = None, return_exceptions: bool = False,
+    ) -> Iterator[str]: ...  # fmt: skip
+
+    def translate(
+        self, texts: str | Sequence[str], *, source: str | None = None, target: str | None = None,
+        beam_width: int | None = None, max_tokens: int | None = None, sampling_params: SamplingParams | None = None,
+        stream: bool = False, priority: int = 0, use_tqdm: bool | None = None, return_exceptions: bool = False,
+    ) -> list[TranslationOutput] | Iterator[str]:  # fmt: skip
+        """Translate texts of any length: by a translation model sentence by sentence, by a chat model line by line.
+        Blanks and line ends stay as they are; all sentences of all texts run in one batch.
+
+        source, target: languages by English name ("French"), ISO 639 code ("fr", "fra"), tag ("pt-BR") or FLORES-200
+        code ("fra_Latn"). A model of one pair needs neither. beam_width: of a search; None takes the most likely
+        token each time. max_tokens: of a sentence. sampling_params: instead of these two.
+        stream: yield one text in pieces, a sentence each, as they are done, in order. use_tqdm: a bar over
+        sentences. return_exceptions: as for `generate`.
+
+        Raises `RequestError`; for an unknown language it suggests the nearest.
+        """
+        from octavo.translation.job import plan_translation
+
+        job = plan_translation(
+            self, texts, source, target, max_tokens=max_tokens, beam_width=beam_width, sampling_params=sampling_params
+        )
+        if stream:
+            if len(job.texts) != 1:
+                raise RequestError("stream=True takes one text", "stream")
+            return self._stream_translation(job, priority)
+        params = [job.params] * len(job.prompts)
+        outputs = self._run(job.prompts, params, priority, use_tqdm, True, special=not job.chats)
+        return settled(job.outputs(outputs), return_exceptions)
+
+    def _stream_translation(self, job: TranslationJob, priority: int) -> Iterator[str]:
+        """As many sentences as have rows run at once; each is given out when those before it are."""
+        if not job.prompts:
+            yield job.originals[0]
+        waiting, running = iter(job.prompts), deque[TokenStream]()
+        try:
+            for place in range(len(job.prompts)):
+                for prompt in islice(waiting, self.engine.limits.max_num_seqs - len(running)):
+                    running.append(self._stream(prompt, job.params, priority, special=not job.chats))
+                for _ in running[0]:
+                    pass
+                yield job.pieces(place, running.popleft().output.text)
+        finally:
+            for sentence in running:
+                sentence.close()
 
     def _stream(
         self, prompt: Prompt, params: SamplingParams | None, priority: int, *, special: bool = True

@@ -87,6 +87,8 @@ class RequestOutput:
     metrics: RequestMetrics
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     """One entry a prompt token; the first is None."""
+    source_token_ids: list[int] | None = None
+    """What the encoder of an encoder-decoder read; its `prompt_token_ids` are what the decoder began with."""
 
     @property
     def num_cached_tokens(self) -> int:
@@ -101,6 +103,21 @@ class RequestOutput:
         from octavo.html import request_html
 
         return request_html(self)
+
+
+@dataclass(slots=True)
+class TranslationOutput:
+    """The translation of one text: its sentences joined, with the blanks and line ends of the original."""
+
+    text: str
+    original: str
+    sentences: list[RequestOutput]
+    """Of each part that was translated by itself, with its tokens and timings."""
+
+    @property
+    def truncated(self) -> bool:
+        """A sentence ended because it had `max_tokens`."""
+        return any(output.outputs[0].finish_reason == "length" for output in self.sentences)
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import ModelFileError, RequestError, UnsupportedModelError
-from octavo.models.config import ModelConfig, read_json
+from octavo.models.config import read_json
 from octavo.models.sources import ModelFiles
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from octavo.models.encoder_config import EncoderConfig
+    from octavo.models.seq2seq_config import DecoderConfig
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TEMPLATE_BYTES = 4 << 20
@@ -72,7 +73,7 @@ class Tokenizer:
         """The file that it came from, for messages."""
         backend.no_truncation()  # a limit baked into tokenizer.json would cut prompts without a word
         backend.no_padding()
-        self._named = {name: _text(settings.get(name)) for name in _NAMED if settings.get(name) is not None}
+        self._named = {name: token_text(settings.get(name)) for name in _NAMED if settings.get(name) is not None}
         self._templates = _templates(settings.get("chat_template"), place)
         ids = {name: backend.token_to_id(text) for name, text in self._named.items()}
         self.bos_token_id: int | None = ids.get("bos_token")
@@ -211,7 +212,7 @@ class Tokenizer:
 
     # -- the model and other libraries -------------------------------------------------------------------------------
 
-    def check_against(self, config: ModelConfig | EncoderConfig) -> None:
+    def check_against(self, config: DecoderConfig | EncoderConfig) -> None:
         """Raise `ModelFileError` when a token has no row in the model's embedding of `config.vocab_size` rows."""
         largest = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest >= config.vocab_size:
@@ -284,7 +285,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, settings: Mapping[str, Any], file
         extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
         extra = list(extra.values()) if isinstance(extra, dict) else extra
         named = [settings[name] for name in _NAMED if settings.get(name) is not None]
-        for text in dict.fromkeys(_text(value) for value in (*named, *extra)):
+        for text in dict.fromkeys(token_text(value) for value in (*named, *extra)):
             if text not in known:
                 backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -319,7 +320,7 @@ def _templates(value: Any, place: str) -> dict[str, str]:
     raise ModelFileError("must be a string, or named strings", file=place, field="chat_template")
 
 
-def _text(value: Any) -> str:
+def token_text(value: Any) -> str:
     """A special token is a string, or an object with "content"."""
     text = value.get("content") if isinstance(value, dict) else value
     if not isinstance(text, str):

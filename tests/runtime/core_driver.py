@@ -44,12 +44,14 @@ class Driver:
 
     def add(
         self, prompt: Seq[int], params: SamplingParams | None = None, *, seed: int = 0, priority: int = 0,
-        eos: Seq[int] = (),
+        eos: Seq[int] = (), source: Seq[int] | None = None, bad_words: Seq[Seq[int]] = (),
+        offset: int = 0,
     ) -> Request:  # fmt: skip
         params = params or SamplingParams(temperature=0.0, max_tokens=16)
         request = Request(
             f"r{next(_numbers)}", prompt, params, lambda event: self._take(request, event),
             max_tokens=params.max_tokens or 16, eos_token_ids=eos, seed=seed, priority=priority,
+            source_ids=source, bad_word_ids=bad_words, length_offset=offset,
         )  # fmt: skip
         self.core.scheduler.add(request)
         return request

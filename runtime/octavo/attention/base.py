@@ -4,6 +4,7 @@ result."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,9 +28,13 @@ class PreparedAttention(ABC):
     """One step's attention: everything that is the same for all layers is already computed."""
 
     @abstractmethod
-    def attend(self, q: torch.Tensor, cache: LayerCache, *, scale: float, window: int) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, cache: LayerCache, *, scale: float, window: int,
+        distance_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Causal attention of the step's queries `[T, H, D]` over cached keys and values, in which this step's own are
-        written already. `window` > 0: only keys less than so many positions back. `[T, H, D]`."""
+        written already. `window` > 0: only keys less than so many positions back. `distance_bias` `[H, N]`: what is
+        added to the score of a key that lies so many tokens back, N - 1 or more alike. `[T, H, D]`."""
 
 
 class AttentionBackend(ABC):
@@ -64,3 +69,8 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def prepare(self, inputs: StepInputs) -> PreparedAttention: ...
+
+    def prepare_cross(self, inputs: StepInputs, sources: Sequence[int]) -> PreparedAttention:
+        """Attention to sources: every token of the step is a sequence of one query at the end of its source, `lengths`
+        are those of the sources. Tokens with equal `sources` have the same one."""
+        return self.prepare(inputs)

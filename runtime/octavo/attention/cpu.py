@@ -16,6 +16,7 @@ against 0.46 ms at 64 keys, 0.58 against 1.26 at 256, bfloat16).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,14 +34,20 @@ to 0.7 are level (64 sequences of 30..380 tokens, 30 layers: 47 to 50 ms); a cal
 
 
 class CpuAttention(AttentionBackend):
+    """`pad`: keys are padded to a multiple of this, itself a multiple of the block size. Below `KV_PAD` it is faster
+    for short sequences, and bits depend on the batch."""
+
     default_block_size = 32
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.row_multiple = 2 if dtype == torch.bfloat16 else 4
+    def __init__(self, dtype: torch.dtype, pad: int = KV_PAD) -> None:
+        self.row_multiple, self.pad = 2 if dtype == torch.bfloat16 else 4, pad
         self.scratch = Scratch()
 
     def prepare(self, inputs: StepInputs) -> PreparedAttention:
-        return _Prepared(inputs, self.row_multiple, self.scratch)
+        return _Prepared(inputs, self)
+
+    def prepare_cross(self, inputs: StepInputs, sources: Sequence[int]) -> PreparedAttention:
+        return _Prepared(inputs, self, sources)
 
 
 class Scratch:
@@ -95,21 +102,29 @@ class _Part:
     """[N, P / block_size] blocks of the keys, the null block where there are none."""
     positions: torch.Tensor
     """[N, M] positions of the queries."""
-    biases: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By window: [N, 1, M, 1, P] added to the scores, 0 or -inf."""
+    biases: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    """By window and bias by distance: [N, 1 or KH, M, 1 or G, P] added to the scores, -inf where a key is hidden."""
     workspaces: dict[tuple[int, int], _Workspace] = field(default_factory=dict)
     """By numbers of query and KV heads."""
 
-    def bias(self, window: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
-        if window not in self.biases:
+    def bias(
+        self, window: int, keys: int, dtype: torch.dtype, by_distance: torch.Tensor | None, kv_heads: int
+    ) -> torch.Tensor:
+        name = window, id(by_distance)
+        if name not in self.biases:
             key = torch.arange(keys)
             query = self.positions.unsqueeze(-1)
             hidden = key > query
             if window > 0:
                 hidden |= key <= query - window
-            bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-            self.biases[window] = bias[:, None, :, None, :]
-        return self.biases[window]
+            if by_distance is None:
+                bias = torch.zeros(hidden.shape, dtype=dtype)[:, None, :, None, :]
+            else:
+                distance = (query - key).clamp_(0, by_distance.shape[1] - 1)
+                shape = (kv_heads, -1, *distance.shape)
+                bias = by_distance[:, distance].to(dtype).view(shape).permute(2, 0, 3, 1, 4)
+            self.biases[name] = bias.masked_fill(hidden[:, None, :, None, :], float("-inf"))
+        return self.biases[name]
 
     def workspace(self, scratch: Scratch, q: torch.Tensor, kv_heads: int, row_multiple: int, size: int) -> _Workspace:
         """`q` `[T, H, D]` for its sizes and its dtype; `size`: tokens in a block."""
@@ -137,28 +152,26 @@ class _Part:
 
 
 class _Prepared(PreparedAttention):
-    def __init__(self, inputs: StepInputs, row_multiple: int, scratch: Scratch) -> None:
-        self.row_multiple, self.scratch = row_multiple, scratch
+    def __init__(self, inputs: StepInputs, backend: CpuAttention, sources: Sequence[int] | None = None) -> None:
+        self.row_multiple, self.scratch, self.pad = backend.row_multiple, backend.scratch, backend.pad
         self.tokens = sum(inputs.counts)
         self.block_size = inputs.block_size
         self.order: torch.Tensor | None = None
         """[T] the step's tokens in the order of the parts, and back; None: it is the same order."""
         self.back: torch.Tensor | None = None
-        self.parts = [*self._decode_parts(inputs), *self._prefill_parts(inputs)]
+        if sources is None:
+            self.parts = [*self._decode_parts(inputs), *self._prefill_parts(inputs)]
+        else:
+            self.parts = self._source_parts(inputs, sources)
 
     def _key_blocks(self, tokens: int) -> int:
-        padded = -(-tokens // KV_PAD) * KV_PAD
+        padded = -(-tokens // self.pad) * self.pad
         return max(padded // self.block_size, 1)
 
     def _decode_parts(self, inputs: StepInputs) -> list[_Part]:
         decodes = inputs.num_decodes
         order = sorted(range(decodes), key=lambda i: -inputs.lengths[i])
-        bounds = [0]
-        for place, sequence in enumerate(order):
-            longest = self._key_blocks(inputs.lengths[order[bounds[-1]]])
-            shrunk = self._key_blocks(inputs.lengths[sequence]) < GROUP_SHRINK * longest
-            if shrunk and place - bounds[-1] >= GROUP_MIN:
-                bounds.append(place)
+        bounds = self._bounds([inputs.lengths[sequence] for sequence in order])
         if len(bounds) == 1:
             order = list(range(decodes))
         else:
@@ -175,6 +188,45 @@ class _Prepared(PreparedAttention):
             parts.append(_Part(slice(begin, end), blocks, inputs.positions.index_select(0, members)[:, None]))
         return parts
 
+    def _bounds(self, lengths: list[int]) -> list[int]:
+        """Where groups of similar length begin. `lengths`: the longest first."""
+        bounds = [0]
+        for place, length in enumerate(lengths):
+            longest = self._key_blocks(lengths[bounds[-1]])
+            if self._key_blocks(length) < GROUP_SHRINK * longest and place - bounds[-1] >= GROUP_MIN:
+                bounds.append(place)
+        return bounds
+
+    def _source_parts(self, inputs: StepInputs, sources: Sequence[int]) -> list[_Part]:
+        """Queries of one source together, so that its keys are gathered once for all of a request's beams. A part has
+        sources with equally many queries, of similar length."""
+        queries: dict[int, list[int]] = {}
+        for token, source in enumerate(sources):
+            queries.setdefault(source, []).append(token)
+        by_count: dict[int, list[list[int]]] = {}
+        for tokens in queries.values():
+            for begin in range(0, len(tokens), QUERY_TILE):
+                tile = tokens[begin : begin + QUERY_TILE]
+                by_count.setdefault(len(tile), []).append(tile)
+        order: list[int] = []
+        parts: list[_Part] = []
+        for count, tiles in by_count.items():
+            tiles.sort(key=lambda tile: -inputs.lengths[tile[0]])
+            bounds = self._bounds([inputs.lengths[tile[0]] for tile in tiles])
+            for begin, end in zip(bounds, [*bounds[1:], len(tiles)], strict=True):
+                group = tiles[begin:end]
+                blocks = self._key_blocks(inputs.lengths[group[0][0]])
+                rows = torch.tensor([inputs.host_rows[tile[0]] for tile in group])
+                last = torch.tensor([[inputs.lengths[tile[0]] - 1] * count for tile in group])
+                first = len(order)
+                order += [token for tile in group for token in tile]
+                table = inputs.block_table[:, :blocks].index_select(0, rows)
+                parts.append(_Part(slice(first, len(order)), table, last))
+        if order != list(range(self.tokens)):
+            self.order = torch.tensor([*order, *range(self.tokens, inputs.positions.shape[0])])
+            self.back = torch.argsort(self.order)
+        return parts
+
     def _prefill_parts(self, inputs: StepInputs) -> list[_Part]:
         parts: list[_Part] = []
         first = inputs.num_decodes
@@ -189,7 +241,10 @@ class _Prepared(PreparedAttention):
             first += count
         return parts
 
-    def attend(self, q: torch.Tensor, cache: LayerCache, *, scale: float, window: int) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, cache: LayerCache, *, scale: float, window: int,
+        distance_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         if self.order is not None:
             q = q.index_select(0, self.order)
         out = torch.empty_like(q) if q.shape[0] == self.tokens else torch.zeros_like(q)
@@ -200,7 +255,7 @@ class _Prepared(PreparedAttention):
             work.queries.copy_(q[part.tokens].view(work.queries.shape))
             torch.index_select(keys, 0, work.index, out=work.blocks)
             torch.bmm(work.rows, work.dense.transpose(1, 2), out=work.scores)
-            bias = part.bias(window, work.dense.shape[1], q.dtype)
+            bias = part.bias(window, work.dense.shape[1], q.dtype, distance_bias, cache.keys.shape[1])
             torch.add(bias, work.visible, alpha=scale, out=work.visible)
             torch.softmax(work.scores, dim=-1, out=work.weights)
             torch.index_select(values, 0, work.index, out=work.blocks)

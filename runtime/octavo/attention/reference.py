@@ -22,7 +22,12 @@ class _Prepared(PreparedAttention):
         self.inputs = inputs
         self.block_table = inputs.block_table.index_select(0, inputs.rows)
 
-    def attend(self, q: torch.Tensor, cache: LayerCache, *, scale: float, window: int) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, cache: LayerCache, *, scale: float, window: int,
+        distance_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        if distance_bias is not None:
+            raise NotImplementedError("a bias by distance")
         step = self.inputs
         return paged_attention_reference(
             q, cache.keys, cache.values, self.block_table, step.query_start, step.seq_lens,

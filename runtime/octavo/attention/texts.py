@@ -53,9 +53,11 @@ class TextBatch:
             )
             self._mask = mask.to(device)
 
-    def attend(self, qkv: torch.Tensor, heads: int, bias: torch.Tensor | None) -> torch.Tensor:
+    def attend(
+        self, qkv: torch.Tensor, heads: int, bias: torch.Tensor | None, scale: float | None = None
+    ) -> torch.Tensor:
         """`[T, 3 * H * D]` -> `[T, H * D]`: each token attends to its text. `bias` `[1, H, longest, longest]` is added
-        to the scores."""
+        to the scores. `scale`: on `q . k`, D ** -0.5 if None."""
         width = qkv.shape[1]
         if self._padded is None:
             padded = qkv
@@ -64,6 +66,6 @@ class TextBatch:
         shaped = padded.view(self.count, self.longest, 3, heads, width // (3 * heads))
         q, k, v = shaped.permute(2, 0, 3, 1, 4).unbind(0)
         mask = self._mask if bias is None else bias if self._mask is None else bias + self._mask
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         flat = attended.transpose(1, 2).reshape(self.count * self.longest, width // 3)
         return flat if self._padded is None else flat.index_select(0, self._padded)

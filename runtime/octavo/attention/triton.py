@@ -87,7 +87,12 @@ class _Prepared(PreparedAttention):
         self.inputs, self.table, self.fresh, self.longest = inputs, table, fresh, longest
         self.min_split, self.invariant = min_split, invariant
 
-    def attend(self, q: torch.Tensor, cache: LayerCache, *, scale: float, window: int) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, cache: LayerCache, *, scale: float, window: int,
+        distance_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        if distance_bias is not None:
+            raise NotImplementedError("a bias by distance")  # refused when an engine starts
         step = self.inputs
         fresh = self.fresh if window <= 0 else []
         if len(fresh) == 1 and fresh[0].count == len(q):  # nothing to put together

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from octavo.bench.limits import Machine, ModelWork, Part, least_seconds, step_need
 from octavo.bench.workloads import Job
+from octavo.errors import ConfigError
 from octavo.host import usable_cores
 from octavo.host_memory import zero_pages
+from octavo.models.config import ModelConfig
 
 if TYPE_CHECKING:
     import torch
 
     from octavo.engine.registry import Engine
-    from octavo.models.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,10 @@ def limit_of(engine: Engine) -> Limit:
     limits = engine.limits
     on, kind = torch.device(limits.device), torch.int8 if limits.packed else getattr(torch, limits.dtype)
     machine = Machine(measure_bandwidth(on), measure_products(on, kind))
-    work = model_work(engine.model_config, limits.weight_bytes, _cache_item(engine))
+    shape = engine.model_config
+    if not isinstance(shape, ModelConfig):
+        raise ConfigError(f"{engine.config.model} is an encoder-decoder: its limits are not known yet", "model")
+    work = model_work(shape, limits.weight_bytes, _cache_item(engine))
     return Limit(machine, work, limits.max_num_seqs)
 
 

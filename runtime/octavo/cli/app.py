@@ -21,6 +21,7 @@ from octavo.cli.env import env
 from octavo.cli.generate import generate
 from octavo.cli.models import models
 from octavo.cli.options import Debug, UsageProblem, is_debug, paragraphs
+from octavo.cli.translate import translate
 from octavo.errors import OctavoError
 
 ABOUT = """
@@ -58,7 +59,7 @@ app = typer.Typer(
     name="octavo", cls=_Guarded, no_args_is_help=True, add_completion=False, rich_markup_mode="rich", epilog=EPILOG,
     pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
-for command in (chat, generate, demo, bench, env):
+for command in (chat, generate, translate, demo, bench, env):
     app.command(help=paragraphs(command.__doc__))(command)
 app.add_typer(models, name="models")
 

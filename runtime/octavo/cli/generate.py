@@ -90,7 +90,7 @@ def generate(
     --json prints one object with the text, the finish reason, token counts and timings; with --stream, a line for each
     piece before it. Exit codes: 0 done, 1 an error, 2 wrong usage, 130 stopped by Ctrl-C.
     """
-    text = _read_prompt(prompt, file)
+    text = read_text(prompt, file, "prompt")
     if raw and system is not None:
         raise UsageProblem("--system needs the chat template: leave out --raw")
     drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
@@ -112,7 +112,7 @@ def generate(
         try:
             for piece in pieces:
                 if as_it_comes and as_json:
-                    _print_json({"piece": piece.text, "token_ids": piece.token_ids})
+                    print_json({"piece": piece.text, "token_ids": piece.token_ids})
                 elif as_it_comes:
                     write(piece.text)
         except KeyboardInterrupt:
@@ -122,34 +122,35 @@ def generate(
             raise
         output = pieces.output
     if as_json:
-        _print_json(_report(output, model))
+        print_json(_report(output, model))
         return
     write("\n" if as_it_comes else output.text + "\n")
     if sys.stdout.isatty() and sys.stderr.isatty():
         console(stderr=True).print(figures(output.metrics), style="dim")
 
 
-def _read_prompt(prompt: str | None, file: Path | None) -> str:
-    if prompt is not None and file is not None:
-        raise UsageProblem("give the prompt as an argument or with --file, not both")
-    if prompt is not None and prompt != "-":
-        found, place = prompt, "the prompt"
+def read_text(given: str | None, file: Path | None, what: str, *, keep_end: bool = False) -> str:
+    """The prompt, or another `what`, from wherever it comes. `keep_end`: with the line end that stands at its end."""
+    if given is not None and file is not None:
+        raise UsageProblem(f"give the {what} as an argument or with --file, not both")
+    if given is not None and given != "-":
+        found, place = given, f"the {what}"
     else:
         place = str(file) if file is not None else "standard input"
         try:
             if file is not None:
                 data = file.expanduser().read_bytes()
-            elif prompt == "-" or not sys.stdin.isatty():
+            elif given == "-" or not sys.stdin.isatty():
                 data = sys.stdin.buffer.read()
             else:
-                raise UsageProblem("there is no prompt: give it as an argument, with --file, or on standard input")
-            found = data.decode("utf-8").removesuffix("\n")
+                raise UsageProblem(f"there is no {what}: give it as an argument, with --file, or on standard input")
+            found = data.decode("utf-8") if keep_end else data.decode("utf-8").removesuffix("\n")
         except UnicodeDecodeError as error:
             raise UsageProblem(f"{place} is not text in UTF-8 (byte {error.start})") from error
         except OSError as error:
             raise UsageProblem(f"{place} cannot be read: {error.strerror}") from error
     if not found.strip():
-        raise UsageProblem(f"{place} is empty: say what to answer")
+        raise UsageProblem(f"{place} is empty: say what to answer" if what == "prompt" else f"{place} is empty")
     return found
 
 
@@ -175,6 +176,6 @@ def _report(output: RequestOutput, model: str) -> dict[str, Any]:
     }
 
 
-def _print_json(value: dict[str, Any]) -> None:
+def print_json(value: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
     sys.stdout.flush()

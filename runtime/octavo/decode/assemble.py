@@ -70,7 +70,7 @@ class Assembler:
         finished = all(output.finish_reason not in (None, "abort") for output in outputs)
         return RequestOutput(
             self.request.request_id, self.prompt, self.request.prompt_ids, outputs, finished, self.request.metrics,
-            self._prompt_logprobs,
+            self._prompt_logprobs, None if self.request.source is None else list(self.request.source.ids),
         )  # fmt: skip
 
     def convert(self, token: int, raw: RawLogprobs, count: int) -> TokenLogprobs:

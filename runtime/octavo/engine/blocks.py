@@ -25,7 +25,7 @@ _ROOT = b"octavo"
 
 
 def block_key(parent: bytes, tokens: Sequence[int], salt: bytes) -> bytes:
-    """Key of a full block: 16 bytes of BLAKE2b over the parent's key, the salt and the tokens."""
+    """Key of a block: 16 bytes of BLAKE2b over the parent's key, the salt and the tokens."""
     digest = blake2b(parent or _ROOT, digest_size=16, key=salt[:64] or b"", person=b"kv-block")
     if len(salt) > 64:
         digest.update(salt)
@@ -133,13 +133,18 @@ class BlockPool:
         for start in range(0, limit - self.block_size + 1, self.block_size):
             chunk = tokens[start : start + self.block_size]
             key = block_key(parent, chunk, salt)
-            block = self._block_of.get(key)
-            if block is None or self._content[block][1:] != (parent, tuple(chunk)):
+            block = self.find(key, parent, chunk)
+            if block is None:
                 break
             blocks.append(block)
             keys.append(key)
             parent = key
         return blocks, keys
+
+    def find(self, key: bytes, parent: bytes, tokens: Sequence[int]) -> int | None:
+        """The block of this key, if it is known and its content is this."""
+        block = self._block_of.get(key)
+        return block if block is not None and self._content[block][1:] == (parent, tuple(tokens)) else None
 
     def discard(self, blocks: Iterable[int]) -> None:
         """Make blocks unfindable, because what they hold is not to be trusted. Holders keep them."""

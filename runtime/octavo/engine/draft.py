@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from octavo.engine.plan import NewRow, RowStep, SearchedStep, StepPlan
+from octavo.engine.plan import NewRow, NewSource, RowStep, SearchedStep, StepPlan
 from octavo.engine.request import Sequence
 
 
@@ -21,6 +21,7 @@ class Draft:
     one entry, because a device applies several in any order."""
     copies: dict[int, int] = field(default_factory=dict)
     """Destination block -> source block."""
+    sources: list[NewSource] = field(default_factory=list)
     tokens: list[tuple[int, int, int]] = field(default_factory=list)
     """See `StepPlan.tokens`."""
     searching: bool = False
@@ -33,8 +34,9 @@ class Draft:
         new_blocks = [(row, index, block) for (row, index), block in self.new_blocks.items()]
         steps = [step for _, _, step in self.parts]
         return StepPlan(
-            steps, self.new_rows, new_blocks, copies, self.shared_blocks, self.masked(), self.tokens, self._searched()
-        )
+            steps, self.new_rows, new_blocks, copies, self.shared_blocks, self.masked(), self.sources, self.tokens,
+            self._searched(),
+        )  # fmt: skip
 
     @property
     def overlaps(self) -> bool:

@@ -14,6 +14,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class SourcePlace:
+    """The blocks that hold a source's keys and values for cross-attention, of all layers of the decoder."""
+
+    length: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NewSource:
+    """A source to be encoded, and where its keys and values go."""
+
+    ids: tuple[int, ...]
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class NewRow:
     """A sequence that was given a device row: its tokens so far, and how its tokens are sampled."""
 
@@ -26,6 +42,8 @@ class NewRow:
     stop_ids: tuple[int, ...]
     """All tokens that end it: forbidden before `min_tokens`."""
     bad_word_ids: tuple[tuple[int, ...], ...]
+    source: SourcePlace | None = None
+    """Where the keys and values of its source are, in an encoder-decoder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +71,7 @@ class SearchedStep:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. Order of work: copies, new rows, new blocks, tokens, forward, sample."""
+    """One step. Order of work: copies, new rows, new blocks, tokens, sources, forward, sample."""
 
     steps: list[RowStep]
     new_rows: list[NewRow] = field(default_factory=list)
@@ -67,6 +85,7 @@ class StepPlan:
     """All sequences of the step have one token and begin with so many blocks in common."""
     masked: tuple[int, ...] = ()
     """Entries of `steps` that sample under a grammar: the loop has a mask for each."""
+    sources: list[NewSource] = field(default_factory=list)
     tokens: list[tuple[int, int, int]] = field(default_factory=list)
     """(row, position, token): what the host has chosen. Entered after new rows and new blocks."""
     searched: tuple[SearchedStep, ...] = ()

@@ -21,10 +21,12 @@ from octavo.engine.core import EngineCore
 from octavo.engine.service import EngineService
 from octavo.errors import RequestError
 from octavo.host_memory import collector_paused, memory_goes_back
-from octavo.models.config import ModelConfig, load_config
+from octavo.models.config import load_config
 from octavo.models.encoder_config import EncoderConfig, is_encoder, load_encoder_config
+from octavo.models.seq2seq_config import DecoderConfig, is_seq2seq, load_seq2seq_config
 from octavo.models.sources import EMBEDDING_MODEL, ModelFiles, Progress, resolve
 from octavo.tokenizer import Tokenizer, load_tokenizer
+from octavo.translation.scheme import Scheme, load_scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +54,18 @@ class Engine:
 
     config: EngineConfig
     files: ModelFiles
-    shape: ModelConfig | EncoderConfig
+    shape: DecoderConfig | EncoderConfig
     tokenizer: Tokenizer
     service: EngineService
     limits: Limits
     grammars: Grammars
     seconds_to_ready: float
+    scheme: Scheme | None = None
+    """Of an encoder-decoder: how it is told what to do."""
     users: int = 0
 
     @property
-    def model_config(self) -> ModelConfig:
+    def model_config(self) -> DecoderConfig:
         """Of a model that makes text. Raises `RequestError` for one that does not."""
         if isinstance(self.shape, EncoderConfig):
             raise RequestError(f"{self.config.model} makes embeddings, no text: use embed()", "model")
@@ -140,10 +144,12 @@ def _start(config: EngineConfig, progress: Progress | None) -> Engine:
     began = time.monotonic()
     files = resolve(
         config.model, revision=config.revision, token=config.token, progress=progress,
-        need_weights=config.load_format != "dummy",
+        need_weights=config.load_format != "dummy", allow_pickle=config.allow_pickle,
     )  # fmt: skip
     if is_encoder(files):
         return _start_encoder(config, files, progress, began)
+    if is_seq2seq(files):
+        return _start_seq2seq(config, files, progress, began)
     model_config = load_config(files)
     with ThreadPoolExecutor(1) as background:  # the tokenizer loads while torch is imported and the weights are read
         tokenizer = background.submit(load_tokenizer, files, trust_remote_code=config.trust_remote_code)
@@ -198,6 +204,28 @@ def _start_encoder(config: EngineConfig, files: ModelFiles, progress: Progress |
     )  # fmt: skip
     grammars = Grammars(tokenizer, shape.vocab_size, ())
     return Engine(config, files, shape, tokenizer, service, limits, grammars, time.monotonic() - began)
+
+
+def _start_seq2seq(config: EngineConfig, files: ModelFiles, progress: Progress | None, began: float) -> Engine:
+    shape = load_seq2seq_config(files)
+    _import_torch()
+    from octavo.execute.seq2seq import build_seq2seq, resolve_seq2seq
+
+    resolved = resolve_seq2seq(config, shape)
+    scheme = load_scheme(files, shape, trust_remote_code=config.trust_remote_code)
+    scheme.tokenizer.check_against(shape)
+    service = EngineService(
+        lambda: build_seq2seq(config, files, shape, resolved, progress), max_queued_requests=config.max_queued_requests
+    )
+    service.start()
+    dtype = str(resolved.dtype).removeprefix("torch.")
+    limits = Limits(
+        resolved.max_model_len, shape.vocab_size, str(resolved.device), dtype, resolved.num_blocks,
+        resolved.block_size, resolved.max_num_seqs, False, dtype, shape.parameters * resolved.dtype.itemsize, dtype,
+    )  # fmt: skip
+    grammars = Grammars(scheme.tokenizer, shape.vocab_size, shape.eos_token_ids)
+    seconds = time.monotonic() - began
+    return Engine(config, files, shape, scheme.tokenizer, service, limits, grammars, seconds, scheme)
 
 
 @atexit.register

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from octavo.decode.beam import BeamSearch, Candidates
+from octavo.engine.source import Source
 from octavo.outputs import RequestMetrics
 from octavo.sampling_params import SamplingParams
 
@@ -96,6 +97,8 @@ class Beam:
 class Request:
     """One prompt with its parameters; `width` sequences. `sink` receives its events on the engine's thread.
 
+    `source_ids`: what the encoder of an encoder-decoder reads; the prompt is then how the decoder begins.
+
     In a beam search the sequences are beams: only those in `beams` live, best first, and the rest are finished until
     they are forked. Events are of the outputs then, `choices` of them. `length_offset`: see `BeamSearch`."""
 
@@ -112,6 +115,7 @@ class Request:
         seed: int = 0,
         priority: int = 0,
         cache_salt: str = "",
+        source_ids: Seq[int] | None = None,
         length_offset: int = 0,
     ) -> None:
         self.request_id = request_id
@@ -124,10 +128,14 @@ class Request:
         self.bad_word_ids = tuple(tuple(word) for word in bad_word_ids)
         self.seed = seed
         self.priority = priority
-        self.cache_salt = cache_salt.encode()
+        self.source = None if source_ids is None else Source(source_ids, cache_salt.encode())
+        self.cache_salt = cache_salt.encode() if self.source is None else self.source.digest
+        """Equal tokens with another salt have other keys and values. Those of a decoder depend on the source."""
         self.arrival = 0
         """Position in the order of arrival; the scheduler sets it."""
-        self.metrics = RequestMetrics(arrival=time.monotonic(), prompt_tokens=len(self.prompt_ids))
+        self.metrics = RequestMetrics(
+            arrival=time.monotonic(), prompt_tokens=len(self.prompt_ids) + len(source_ids or ())
+        )
         self.sequences = [Sequence(self, index) for index in range(params.width)]
         self.search: BeamSearch | None = None
         self.beams: list[Sequence] = []

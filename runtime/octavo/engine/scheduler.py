@@ -22,6 +22,7 @@ from octavo.engine.draft import Draft
 from octavo.engine.plan import NewRow, RowStep
 from octavo.engine.request import Request, Sequence, TokenEvent
 from octavo.engine.siblings import donor_of, sibling_prefills
+from octavo.engine.source import SourceBlocks, place_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,6 +51,7 @@ class Scheduler:
         self._arrivals = 0
         self._scrub: dict[int, int] = {}
         self._coming = ComingBlocks(pool)
+        self.sources = SourceBlocks(pool, max_num_batched_tokens)
         self._beams = Beams(self)
 
     # ---------------------------------------------------------------- intake
@@ -140,10 +142,16 @@ class Scheduler:
             blocks, keys = pool.match(sequence.tokens, sequence.request.cache_salt, sequence.length - 1)
             computed = len(blocks) * pool.block_size
         wanted = self._blocks_for(sequence.length) - len(blocks) + (donor is not None)
-        while wanted + sum(map(pool.is_idle, blocks)) > pool.available:
+        while True:  # one that makes way may have been the last to hold the source
+            source = self.sources.missing(sequence.request, draft)
+            if source is None:
+                return 0
+            if wanted + source + sum(map(pool.is_idle, blocks)) <= pool.available:
+                break
             if not self._make_way(sequence, draft):
                 return 0
         pool.hold(blocks)
+        source_cached = self.sources.take(sequence.request, draft)
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_order)
         sequence.row = self.free_rows.pop()
@@ -152,7 +160,7 @@ class Scheduler:
         if metrics.queue_time is None:
             self.fresh -= 1
             metrics.queue_time = self.clock() - metrics.arrival
-            metrics.cached_tokens = computed
+            metrics.cached_tokens = computed + (metrics.prompt_tokens - sequence.num_prompt) * source_cached
         self._coming.announce(sequence)
         draft.new_rows.append(self.new_row(sequence))
         draft.new_blocks |= {(sequence.row, index): block for index, block in enumerate(blocks)}
@@ -258,6 +266,7 @@ class Scheduler:
                 self.fail(sequence, event.error)
                 continue
             if epoch == sequence.epoch:
+                self.sources.publish(sequence.request)
                 self._publish(sequence, step.start + step.count)
                 if sequence in self.suspects and step.start + step.count >= sequence.alone_until:
                     self.suspects.remove(sequence)
@@ -272,6 +281,7 @@ class Scheduler:
         alive."""
         alive = []
         size = self.pool.block_size
+        self._scrub |= {block: NULL_BLOCK for source in draft.sources for block in source.blocks}
         for sequence, epoch, step in draft.parts:
             if sequence.finished:
                 continue
@@ -300,6 +310,7 @@ class Scheduler:
         (0 * NaN)."""
         written = [block for each in sequence.request.beams or [sequence] for block in each.blocks]
         own = [block for block in written if not self.pool.is_shared(block)]
+        own += self.sources.alone(sequence.request)
         self.pool.discard(own)
         self._scrub |= dict.fromkeys(own, NULL_BLOCK)
         if sequence.beam is not None:
@@ -370,6 +381,7 @@ class Scheduler:
         self.pool.release(sequence.blocks)
         self.free_rows.append(sequence.row)
         sequence.blocks, sequence.block_keys, sequence.named, sequence.scheduled, sequence.row = [], [], [], 0, -1
+        self.sources.leave(sequence.request)
         sequence.epoch += 1
 
     def emit(self, request: Request, event: TokenEvent) -> None:
@@ -386,7 +398,7 @@ class Scheduler:
         seed = (request.seed + 0x9E3779B97F4A7C15 * sequence.index) % 2**64
         return NewRow(
             sequence.row, list(sequence.tokens), sequence.num_prompt, request.params, seed - 2**64 if seed >= 2**63 else
-            seed, request.wants_logprobs, stop_ids, request.bad_word_ids,
+            seed, request.wants_logprobs, stop_ids, request.bad_word_ids, place_of(request),
         )  # fmt: skip
 
     def _blocks_for(self, tokens: int) -> int:

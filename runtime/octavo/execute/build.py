@@ -48,6 +48,7 @@ from octavo.models.config import ModelConfig
 from octavo.models.llama_packed import PackedLlama, ProgramAttention
 from octavo.models.loader import load_model
 from octavo.models.packed_weights import RECIPES, Packing, load_packed, noise_recipe
+from octavo.models.seq2seq_config import DecoderConfig
 from octavo.models.sources import ModelFiles
 from octavo.models.weights import open_dummy, open_weights
 
@@ -156,7 +157,7 @@ def _build(
     return EngineCore(scheduler, runner, depth=resolved.depth, turns=turns), resolved
 
 
-def make_kv_cache(model: ModelConfig, resolved: Resolved, scales: list[torch.Tensor] | None = None) -> KVCache:
+def make_kv_cache(model: DecoderConfig, resolved: Resolved, scales: list[torch.Tensor] | None = None) -> KVCache:
     """`scales`: of each layer, where it is in FP8."""
     blocks, size, dtype, device = resolved.num_blocks, resolved.block_size, resolved.dtype, resolved.device
     if device.type == "cuda":
@@ -175,7 +176,7 @@ def _sized_again(config: EngineConfig, resolved: Resolved, before: Card) -> Reso
 
 
 def attention_for(
-    device: torch.device, dtype: torch.dtype, model: ModelConfig, invariant_to: int = 0
+    device: torch.device, dtype: torch.dtype, model: DecoderConfig, invariant_to: int = 0
 ) -> AttentionBackend:
     """`invariant_to`: when above 0, bits depend on a sequence alone; for lengths up to this. They always do on the CPU.
     """
@@ -198,7 +199,7 @@ def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig
     """Decide everything that is left to the machine. Raises `ConfigError` for what it cannot do."""
     device = choose_device(config)
     packing = choose_packing(config, files, model, device)
-    dtype = torch.bfloat16 if packing else _dtype(config, model, device)
+    dtype = torch.bfloat16 if packing else choose_dtype(config, model, device)
     gpu = device.type == "cuda"
     backend = TritonAttention if gpu else CpuAttention
     block_size = config.block_size or backend.default_block_size
@@ -258,7 +259,7 @@ def _fp8_cache(config: EngineConfig, device: torch.device) -> bool:
     return True
 
 
-def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+def choose_dtype(config: EngineConfig, model: DecoderConfig, device: torch.device) -> torch.dtype:
     if config.dtype != "auto":
         chosen: torch.dtype = getattr(torch, config.dtype)
         return chosen

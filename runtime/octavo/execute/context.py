@@ -85,3 +85,5 @@ class ForwardContext:
     inputs: StepInputs
     attention: PreparedAttention
     kv: KVCache
+    cross: PreparedAttention | None = None
+    """In an encoder-decoder: attention of the step's queries to their sources."""

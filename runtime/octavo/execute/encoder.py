@@ -6,7 +6,6 @@ Called by the engine registry; everything but `resolve_encoder` runs on the engi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -22,9 +21,9 @@ from octavo.execute.build import choose_device, limit_torch_threads
 from octavo.layers.pooling import pool
 from octavo.models.bert import BertFamily
 from octavo.models.encoder_config import EncoderConfig
-from octavo.models.loader import LOAD_THREADS
+from octavo.models.loader import fill
 from octavo.models.sources import ModelFiles
-from octavo.models.weights import SafetensorsWeights, WeightReader, open_dummy
+from octavo.models.weights import WeightReader, open_dummy, open_folder
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -73,7 +72,7 @@ def build_encoder(
     threads = limit_torch_threads()
     loaded = BertFamily(model, dtype=resolved.dtype, device=resolved.device)
     dummy = config.load_format == "dummy"
-    with open_dummy() if dummy else SafetensorsWeights(files.path) as reader, torch.inference_mode():
+    with open_dummy() if dummy else open_folder(files) as reader, torch.inference_mode():
         _fill(loaded, reader, dummy=dummy, progress=progress)
         loaded.finish()
     runner = EncoderRunner(loaded, resolved.dtype, resolved.device)
@@ -86,17 +85,8 @@ def _fill(model: BertFamily, reader: WeightReader, *, dummy: bool, progress: Pro
     given = set(reader.names())
     targets = model.targets()
     places = targets if dummy else {_name(name, model, given, reader.place): dest for name, dest in targets.items()}
-    done = 0
-
-    def copy(item: tuple[str, torch.Tensor]) -> None:
-        reader.copy_into(*item)
-        reader.forget(item[0])
-
-    with ThreadPoolExecutor(LOAD_THREADS) as pool:
-        for _ in pool.map(copy, places.items()):
-            done += 1
-            if progress is not None:
-                progress("loading", done, len(places))
+    targets = {}  # a view of a weight would keep it in memory
+    fill(reader, places, progress)
 
 
 def _name(name: str, model: BertFamily, given: set[str], place: str) -> str:

@@ -22,6 +22,7 @@ from octavo.execute.context import ForwardContext, KVCache, StepInputs
 from octavo.execute.model import Model
 from octavo.host_memory import zero_pages
 from octavo.models.config import ModelConfig
+from octavo.models.seq2seq_config import DecoderConfig
 
 FP8 = torch.float8_e4m3fn
 MARGIN = 2.0
@@ -32,7 +33,7 @@ MEASURED_TOKENS = 512
 
 
 def gpu_cache(
-    model: ModelConfig, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device,
+    model: DecoderConfig, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device,
     scales: list[torch.Tensor] | None = None,
 ) -> KVCache:  # fmt: skip
     """Keys and values of every layer by themselves. `scales`: of each layer, for FP8."""
@@ -40,7 +41,7 @@ def gpu_cache(
     return KVCache.of(torch.zeros(shape, dtype=dtype, device=device), scales)
 
 
-def cpu_cache(model: ModelConfig, blocks: int, block_size: int, dtype: torch.dtype, *, packed: bool) -> KVCache:
+def cpu_cache(model: DecoderConfig, blocks: int, block_size: int, dtype: torch.dtype, *, packed: bool) -> KVCache:
     """Pages are taken when they are first touched. `packed`: all layers of a block lie together, in large pages, so
     that memory is taken block by block, as they are first used."""
     layers, block = model.num_layers, (model.num_kv_heads, block_size, model.head_dim)

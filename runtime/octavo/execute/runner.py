@@ -37,8 +37,7 @@ class Runner:
     def launch(self, plan: StepPlan, masks: Masks) -> StepResult:
         self.table.apply(plan, self.kv)
         inputs = self.table.gather(plan, self.attention.row_multiple)
-        context = ForwardContext(inputs, self.attention.prepare(inputs), self.kv)
-        hidden = self.model.forward(context)
+        hidden = self.model.forward(self._context(plan, inputs))
         broken = _broken(inputs, hidden)
         sampling = [entry for entry, step in enumerate(plan.steps) if step.samples]
         return StepResult(
@@ -49,6 +48,9 @@ class Runner:
             prompt_logprobs=self._prompt_logprobs(plan, hidden),
             device=self.table.device,
         )
+
+    def _context(self, plan: StepPlan, inputs: StepInputs) -> ForwardContext:
+        return ForwardContext(inputs, self.attention.prepare(inputs), self.kv)
 
     def _sample(self, plan: StepPlan, hidden: torch.Tensor, sampling: list[int], masks: Masks) -> Sampled:
         table, steps = self.table, plan.steps

@@ -21,7 +21,7 @@ from octavo.errors import ConfigError
 from octavo.execute.graphs import sharing_sizes_up_to, sizes_up_to, token_sizes_up_to
 from octavo.execute.runner import PROMPT_LOGPROB_TILE
 from octavo.host import free_memory
-from octavo.models.config import ModelConfig
+from octavo.models.seq2seq_config import DecoderConfig
 
 TOKENS_PER_SEQUENCE = 1024
 """The default KV cache holds so many tokens for each of `max_num_seqs` sequences."""
@@ -47,7 +47,7 @@ HISTORY = 24
 class Sizes:
     """What the memory of an engine on a GPU depends on."""
 
-    model: ModelConfig
+    model: DecoderConfig
     itemsize: int
     """Bytes of an activation."""
     block_size: int
@@ -228,7 +228,7 @@ def _largest(above: int, least: int, fits: Callable[[int], bool]) -> int:
     return 0
 
 
-def blocks_in_ram(config: EngineConfig, model: ModelConfig, weights: int, sizes: Sizes) -> int:
+def blocks_in_ram(config: EngineConfig, model: DecoderConfig, weights: int, sizes: Sizes) -> int:
     """Blocks of a cache on the CPU. Raises `ConfigError`."""
     if config.num_blocks is not None:
         return config.num_blocks

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from octavo.layers.linear import PACKED_ROWS, Linear, ProductMaker, product_with
 
-_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu, "silu": F.silu,
 }  # fmt: skip
 _EPILOGUES = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", ""), "silu": ("swish", "")}
@@ -28,7 +28,7 @@ class ActivatedLinear(Linear):
     ) -> None:
         super().__init__(inputs, (outputs,), bias=True, dtype=dtype, device=device)
         self.activation = activation
-        function = _FUNCTIONS[activation]
+        function = FUNCTIONS[activation]
         self._product = lambda x: function(F.linear(x, self.weight, self.bias))
 
     def finish(self, make: ProductMaker = product_with) -> None:
@@ -42,7 +42,7 @@ class ActivatedLinear(Linear):
             self.weight = self.weight.new_empty(0)
             return
         product, was_packed = make(self.weight, self.bias)
-        function = _FUNCTIONS[self.activation]
+        function = FUNCTIONS[self.activation]
         self._product = lambda x: function(product(x))
         if was_packed:
             self.weight = self.weight.new_empty(0)

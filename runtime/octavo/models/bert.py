@@ -6,7 +6,6 @@ Post-norm layers with biases everywhere. What differs between the families is ho
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +13,8 @@ import torch.nn.functional as F
 
 from octavo.attention.texts import TextBatch
 from octavo.layers.activated import ActivatedLinear
+from octavo.layers.distance import distance_bias
+from octavo.layers.layer_norm import Norm
 from octavo.layers.linear import Linear, ProductMaker, product_with
 from octavo.models.encoder_config import EncoderConfig
 
@@ -52,21 +53,6 @@ NAMES = {
         "attention.out_lin", "sa_layer_norm", "ffn.lin1", "ffn.lin2", "output_layer_norm",
     ),
 }  # fmt: skip
-
-
-class Norm:
-    """LayerNorm of a sum."""
-
-    def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
-        self.weight = torch.empty(size, dtype=dtype, device=device)
-        self.bias = torch.empty(size, dtype=dtype, device=device)
-        self.eps = eps
-
-    def __call__(self, x: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x + added, (x.shape[-1],), self.weight, self.bias, self.eps)
-
-    def targets(self, name: str) -> dict[str, torch.Tensor]:
-        return {f"{name}.weight": self.weight, f"{name}.bias": self.bias}
 
 
 class EncoderLayer:
@@ -119,7 +105,7 @@ class BertFamily:
     def forward(self, batch: TextBatch) -> torch.Tensor:
         """Vectors of all tokens, `[T, hidden_size]`."""
         x = self.norm(F.embedding(batch.ids, self.words), F.embedding(batch.positions, self.positions))
-        bias = None if self.distances is None else distance_bias(self.distances, batch.longest)
+        bias = None if self.distances is None else distance_bias(self.distances, batch.longest, MAX_DISTANCE)
         for layer in self.layers:
             x = layer.forward(x, batch, bias)
         return x
@@ -146,19 +132,3 @@ class BertFamily:
         for layer in self.layers:
             found |= layer.targets()
         return found
-
-
-def distance_bias(table: torch.Tensor, length: int) -> torch.Tensor:
-    """What a table `[buckets, H]` adds to the scores of queries and keys of one text, `[1, H, length, length]`.
-
-    Half of the buckets are for keys that come after the query. Of each half, the first half has one for each small
-    distance, the rest are spaced by the logarithm up to `MAX_DISTANCE`."""
-    places = torch.arange(length, device=table.device)
-    offsets = places[:, None] - places[None, :]  # query - key
-    half = len(table) // 2
-    exact = half // 2
-    distance = offsets.abs()
-    share = torch.log(distance.clamp(min=1).float() / exact) / math.log(MAX_DISTANCE / exact)
-    far = (exact + (share * (half - exact)).long()).clamp(max=half - 1)
-    buckets = torch.where(distance < exact, distance, far) + half * (offsets < 0)
-    return F.embedding(buckets, table).permute(2, 0, 1)[None]

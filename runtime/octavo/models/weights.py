@@ -63,8 +63,16 @@ class WeightReader(Protocol):
 
 def open_weights(files: ModelFiles, config: ModelConfig) -> WeightReader:
     """Open the weights of a resolved model. `ModelFileError` if a file is missing, truncated or contradictory."""
-    if files.format == "gguf":
-        return GGUFWeights(files.path, config)
+    return GGUFWeights(files.path, config) if files.format == "gguf" else open_folder(files)
+
+
+def open_folder(files: ModelFiles) -> WeightReader:
+    """The weights of a model that is no GGUF file. Pickled ones only where there are no others and the user allowed it.
+    """
+    if files.allow_pickle and not any(files.path.glob("*.safetensors")):
+        from octavo.models.pickled import PickledWeights
+
+        return PickledWeights(files.path)
     return SafetensorsWeights(files.path)
 
 
@@ -73,7 +81,7 @@ def open_dummy(seed: int = 0, shapes: Mapping[str, tuple[int, ...]] | None = Non
     return DummyWeights(seed, shapes or {})
 
 
-class _Reader(ABC):
+class Reader(ABC):
     """What all readers share: the context manager and the errors."""
 
     place = ""
@@ -106,7 +114,7 @@ class _Reader(ABC):
             raise ModelFileError(message, file=self.place, field=name)
 
 
-class SafetensorsWeights(_Reader):
+class SafetensorsWeights(Reader):
     """A folder with `model.safetensors`, or with `model.safetensors.index.json` and its shards."""
 
     def __init__(self, folder: Path) -> None:
@@ -165,7 +173,7 @@ class SafetensorsWeights(_Reader):
     @torch.no_grad()
     def copy_into(self, name: str, dest: torch.Tensor) -> None:
         self.check_shape(name, tuple(dest.shape))
-        _copy(self._numbers(name), dest)
+        copy_tensor(self._numbers(name), dest)
 
     @torch.no_grad()
     def pieces(self, name: str, rows: int) -> Iterator[torch.Tensor]:
@@ -194,7 +202,8 @@ def _no_weights(folder: Path) -> ModelFileError:
     pickles = [path.name for pattern in _PICKLES for path in folder.glob(pattern)]
     if pickles:
         message = (
-            f"holds only pickled weights ({pickles[0]}), which can run code when read: convert them to safetensors"
+            f"holds only pickled weights ({pickles[0]}), which can run code when read: convert them to safetensors, or "
+            "allow them by allow_pickle=True, which makes tensors of them and refuses all else"
         )
         return UnsupportedModelError(message, file=str(folder))
     return ModelFileError("holds no .safetensors weights", file=str(folder))
@@ -220,7 +229,7 @@ def _hf_name(name: str) -> str | None:
     return mapped and (f"{mapped}.{kind}" if layer is None else f"model.layers.{layer}.{mapped}.{kind}")
 
 
-class GGUFWeights(_Reader):
+class GGUFWeights(Reader):
     """A GGUF file under Hugging Face names, dequantised on the way out."""
 
     def __init__(self, path: Path, config: ModelConfig) -> None:
@@ -291,7 +300,7 @@ class GGUFWeights(_Reader):
                 elif step > 1:  # stored [head, pair, half], wanted [head, half, pair]
                     piece = piece.view(-1, step // 2, 2, columns).transpose(1, 2)
                     into = into.view(-1, 2, step // 2, columns)
-                _copy(piece, into)
+                copy_tensor(piece, into)
                 at += count
         except NotImplementedError as error:
             raise UnsupportedModelError(
@@ -327,14 +336,14 @@ def _bytes_of(file: GGUFFile, info: TensorInfo) -> torch.Tensor:
         return torch.frombuffer(memoryview(file.data)[info.offset : info.offset + info.nbytes], dtype=torch.uint8)
 
 
-def _copy(source: torch.Tensor, dest: torch.Tensor) -> None:
+def copy_tensor(source: torch.Tensor, dest: torch.Tensor) -> None:
     """Copy with conversion; to another device, convert first so that the smaller form travels."""
     if dest.device != source.device and dest.element_size() < source.element_size():
         source = source.to(dest.dtype)
     dest.copy_(source)
 
 
-class DummyWeights(_Reader):
+class DummyWeights(Reader):
     """Deterministic noise of scale 0.02, ones for norms, zeros for biases. `names` lists the `shapes` it was given."""
 
     def __init__(self, seed: int = 0, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
@@ -362,7 +371,8 @@ class DummyWeights(_Reader):
             if dest.is_cuda:  # other numbers than on the CPU, which takes 30 s for those of 8 billion parameters
                 dest.normal_(0.0, 0.02, generator=torch.Generator(dest.device).manual_seed(seed))
             else:
-                _copy(torch.empty(dest.shape).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed)), dest)
+                noise = torch.empty(dest.shape).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed))
+                copy_tensor(noise, dest)
 
     def pieces(self, name: str, rows: int) -> Iterator[torch.Tensor]:
         whole = torch.empty(self.shape(name), dtype=torch.float32)
