@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.messages import BaseMessage
-from octavo.chat import ChatPlan, plan_chat
+from octavo.chat import ChatPlan, plan_chat, response_format
 from octavo.client import Client
 from octavo.errors import RequestError
 from octavo.sampling_params import SamplingParams
@@ -16,7 +16,6 @@ from langchain_octavo.calls import checked_timeout
 from langchain_octavo.engines import unknown
 from langchain_octavo.messages import to_openai
 from langchain_octavo.sampling import SAMPLING_NAMES
-from langchain_octavo.schemas import json_schema
 from langchain_octavo.tools import tool_choice_of, tools_as_openai
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ def ask(chat: ChatOctavo, stop: list[str] | None, kwargs: Mapping[str, Any]) -> 
     planned: dict[str, Any] = {
         "chat_template": kwargs.get("chat_template", chat.chat_template),
         "chat_template_kwargs": {**(chat.chat_template_kwargs or {}), **(kwargs.get("chat_template_kwargs") or {})},
-        **_form(kwargs.get("response_format")),
+        **response_format(kwargs.get("response_format")),
     }
     parallel = kwargs.get("parallel_tool_calls")
     if parallel not in (None, True, False):
@@ -60,24 +59,6 @@ def ask(chat: ChatOctavo, stop: list[str] | None, kwargs: Mapping[str, Any]) -> 
         planned["parallel_tool_calls"] = parallel
     sampling = {name: value for name, value in kwargs.items() if name in SAMPLING_NAMES}
     return Asked(kwargs.get("model") or chat.model, stop, timeout, sampling, tools, planned)
-
-
-def _form(response_format: Any) -> dict[str, Any]:
-    """OpenAI's `response_format` as arguments of `plan_chat`."""
-    if response_format is None:
-        return {}
-    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
-    if kind == "text":
-        return {}
-    if kind == "json_object":
-        return {"json_object": True}
-    if kind == "json_schema" and isinstance(response_format.get("json_schema"), Mapping):
-        return {"json_schema": json_schema(response_format["json_schema"].get("schema"))}
-    raise RequestError(
-        'response_format must be {"type": "json_schema", "json_schema": {"schema": ...}}, {"type": "json_object"} or '
-        f'{{"type": "text"}}, not {str(response_format)[:80]}',
-        "response_format",
-    )
 
 
 def plan(client: Client, messages: Sequence[BaseMessage], asked: Asked, params: SamplingParams) -> ChatPlan:

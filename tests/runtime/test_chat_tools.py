@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from chat_templates import HERMES, PLAIN, TEMPLATES, tokenizer_for
 from octavo import RequestError, SamplingParams, StructuredOutputsParams
-from octavo.chat import ChatPlan, ParsedMessage, plan_chat
+from octavo.chat import ChatPlan, ParsedMessage, plan_chat, response_format
 from octavo.chat.formats import tool_format
 from octavo.decode.detokenize import Detokenizer
 from octavo.decode.grammar import Grammars
@@ -56,6 +56,30 @@ def plan_for(form: str, messages: Any = USER, params: SamplingParams | None = No
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_schema_is_shown_to_the_model_beside_what_the_user_said(form: str) -> None:
+    described = {"type": "object", "properties": {"name": {"type": "string", "description": "In *French*"}}}
+    for messages in (USER, [{"role": "system", "content": "Be brief."}, *USER]):
+        for tools in (None, TOOLS):
+            text = plan_for(form, messages, tools=tools, json_schema=described).prompt["prompt"]
+            assert text.count(json.dumps(described)) == 1
+            assert "Hi" in text
+            assert ("Be brief." in text) == (len(messages) == 2)
+    assert "schema" not in plan_for(form, tools=None, json_object=True).prompt["prompt"]
+
+
+def test_response_format() -> None:
+    assert response_format(None) == response_format({"type": "text"}) == {}
+    assert response_format({"type": "json_object"}) == {"json_object": True}
+    asked = {"type": "json_schema", "json_schema": {"name": "city", "schema": SCHEMA, "strict": True}}
+    assert response_format(asked) == {"json_schema": SCHEMA}
+    for wrong in ("json", {}, {"type": "xml"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": SCHEMA}):
+        with pytest.raises(RequestError) as caught:
+            response_format(wrong)
+        assert caught.value.field == "response_format"
+
 
 
 def called(name: str, arguments: Any, number: int = 1) -> dict[str, Any]:

@@ -8,9 +8,9 @@ reasoning and tool calls. Called by the doors (LangChain, LlamaIndex, the server
     deltas = parser.finish()
     parser.message.tool_calls
 
-`plan` puts it together; `tools` checks what the caller gave; `schemas` makes those of classes fit; `history` shapes
-earlier messages for templates; `answer` says what may come, as a grammar (`lark`) and as stages that read it;
-`formats/` knows how models write calls; `parser`, `stages`, `calls` and `scan` read the output.
+`plan` puts it together; `tools` and `response_format` check what the caller gave; `schemas` makes those of classes fit;
+`history` shapes earlier messages for templates; `answer` says what may come, as a grammar (`lark`) and as stages that
+read it; `formats/` knows how models write calls; `parser`, `stages`, `calls` and `scan` read the output.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 from octavo.chat.deltas import Delta, ParsedMessage, ReasoningDelta, TextDelta, ToolCall, ToolCallDelta
 from octavo.chat.parser import ChatParser
 from octavo.chat.plan import ChatPlan, plan_chat
+from octavo.chat.response_format import response_format
 from octavo.chat.schemas import closed
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "ToolCallDelta",
     "closed",
     "plan_chat",
+    "response_format",
 ]

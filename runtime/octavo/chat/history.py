@@ -17,6 +17,7 @@ _INSTRUCTION = (
     '<tool_call>\n{"name": "the tool\'s name", "arguments": {"argument": "value"}}\n</tool_call>\n'
     "Its result comes in <tool_response></tool_response>."
 )
+_SCHEMA = "Answer with JSON that satisfies this schema:"
 _EXAMPLES = (
     ("What time is it in Oslo?", "clock", {"city": "Oslo"}, "14:05", "It is 14:05 in Oslo."),
     ("How do you say tree in French?", "dictionary", {"word": "tree", "language": "French"}, "arbre",
@@ -100,11 +101,20 @@ def tell_of_tools(messages: Messages, tools: Sequence[Mapping[str, Any]]) -> Mes
     if not tools:
         return messages
     described = [json.dumps(_described(tool["function"]), ensure_ascii=False) for tool in tools]
-    text = "\n".join([_INTRODUCTION, *described, _INSTRUCTION])
+    first, *others = _with_system(messages, "\n".join([_INTRODUCTION, *described, _INSTRUCTION]))
+    return [first, *_examples(), *others]
+
+
+def tell_of_schema(messages: Messages, schema: Mapping[str, Any]) -> Messages:
+    """The schema in the system message: a grammar holds the answer to its form, and only this says what it means."""
+    return _with_system(messages, f"{_SCHEMA}\n{json.dumps(schema, ensure_ascii=False)}")
+
+
+def _with_system(messages: Messages, text: str) -> Messages:
+    """`text` at the end of the system message, or as one."""
     if messages[0]["role"] in ("system", "developer"):
-        first = {**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}
-        return [first, *_examples(), *messages[1:]]
-    return [{"role": "system", "content": text}, *_examples(), *messages]
+        return [{**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
 
 
 def _examples() -> Messages:

@@ -8,7 +8,7 @@ from typing import Any
 
 from octavo.chat.answer import Answer, Thoughts
 from octavo.chat.formats import ToolFormat, tool_format
-from octavo.chat.history import without_system
+from octavo.chat.history import tell_of_schema, without_system
 from octavo.chat.lark import special_token
 from octavo.chat.parser import ChatParser
 from octavo.chat.stages import Stage
@@ -60,7 +60,8 @@ def plan_chat(
             and the model is told of no tools.
         parallel_tool_calls: False: one call at most; True: several, where the model's form of calls has room for them.
             None: several, if the model's template knows of tools: others would go on calling.
-        json_schema: the content is JSON that satisfies it; with "auto" the answer is that or calls.
+        json_schema: the content is JSON that satisfies it; with "auto" the answer is that or calls. The model is shown
+            it too, in the system message: names and descriptions say what is wanted.
         json_object: the content is any JSON object.
         chat_template, chat_template_kwargs: as for `Tokenizer.apply_chat_template`.
 
@@ -78,7 +79,7 @@ def plan_chat(
     offered = list(tools or ()) if choice != "none" else []
     source = tokenizer.template_source(chat_template, tools=bool(offered))
     form = tool_format(source)
-    text = _render(tokenizer, form, source, messages, offered, chat_template_kwargs)
+    text = _render(tokenizer, form, source, messages, offered, json_schema, chat_template_kwargs)
     thoughts = Thoughts.of(source, text)
     parallel = form.shows_tools if parallel_tool_calls is None else parallel_tool_calls
     answer = Answer(form, known if offered else [], choice, parallel, schema)
@@ -119,17 +120,22 @@ def _schema(schema: object, json_object: bool) -> Mapping[str, Any] | None:
 
 
 def _render(
-    tokenizer: Tokenizer, form: ToolFormat, source: str, messages: Any, tools: Sequence[Mapping[str, Any]], kwargs: Any
-) -> str:
+    tokenizer: Tokenizer, form: ToolFormat, source: str, messages: Any, tools: Sequence[Mapping[str, Any]],
+    json_schema: Mapping[str, Any] | None, kwargs: Any,
+) -> str:  # fmt: skip
     shaped = form.messages(check_messages(messages), tools)
+    if json_schema is not None:
+        shaped = tell_of_schema(shaped, json_schema)
     shown = [_shown(tool) for tool in tools] if form.shows_tools and tools else None
     try:
         return tokenizer.apply_chat_template(shaped, tools=shown, chat_template=source, **(kwargs or {}))
     except RequestError as error:
-        told = tools and not form.shows_tools  # then the system message may be ours alone
+        told = json_schema is not None or (tools and not form.shows_tools)  # then the system message may be ours alone
         if error.field != "messages" or not told:
             raise
-        return tokenizer.apply_chat_template(without_system(shaped), chat_template=source, **(kwargs or {}))
+        return tokenizer.apply_chat_template(
+            without_system(shaped), tools=shown, chat_template=source, **(kwargs or {})
+        )
 
 
 def _shown(tool: Mapping[str, Any]) -> dict[str, Any]:

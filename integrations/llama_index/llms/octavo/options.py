@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from llama_index.llms.octavo.schemas import openai_tool, response_format
+from llama_index.llms.octavo.schemas import openai_tool, planned_form
 
 from octavo.config import EngineConfig
 from octavo.errors import RequestError
@@ -49,13 +49,8 @@ def call_options(given: Mapping[str, Any], allowed: frozenset[str]) -> CallOptio
     tools = rest.pop("tools", None)
     if "tool_choice" in rest:
         rest["tool_choice"] = _tool_choice(rest["tool_choice"])
-    schema, json_object = response_format(rest.pop("response_format", None))
-    return CallOptions(
-        tools=[openai_tool(tool) for tool in _sequence(tools)] or None,
-        json_schema=schema,
-        json_object=json_object,
-        **rest,
-    )
+    form = planned_form(rest.pop("response_format", None))
+    return CallOptions(tools=[openai_tool(tool) for tool in _sequence(tools)] or None, **form, **rest)
 
 
 def _sequence(tools: Any) -> Sequence[Any]:

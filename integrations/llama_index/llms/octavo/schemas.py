@@ -8,7 +8,7 @@ from typing import Any
 from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.tools.types import BaseTool
 
-from octavo.chat import closed
+from octavo.chat import closed, response_format
 from octavo.errors import RequestError
 
 
@@ -32,19 +32,8 @@ def openai_tool(tool: Any) -> dict[str, Any]:
     return {**made, "function": {**made["function"], "parameters": closed(made["function"]["parameters"])}}
 
 
-def response_format(form: Any) -> tuple[dict[str, Any] | None, bool]:
-    """The schema, or whether any JSON object will do: from a pydantic class or a dict of OpenAI's form."""
-    if form is None:
-        return None, False
+def planned_form(form: Any) -> dict[str, Any]:
+    """A `response_format` as arguments of `plan_chat`: a pydantic class, or a dict of OpenAI's form."""
     if isinstance(form, type) and issubclass(form, BaseModel):
-        return class_schema(form), False
-    if isinstance(form, Mapping):
-        kind, inner = form.get("type"), form.get("json_schema")
-        if kind == "json_schema" and isinstance(inner, Mapping) and isinstance(inner.get("schema"), Mapping):
-            return dict(inner["schema"]), False
-        if kind in ("json_object", "text"):
-            return None, kind == "json_object"
-    raise RequestError(
-        'response_format must be a pydantic class, {"type": "json_object"} or '
-        '{"type": "json_schema", "json_schema": {"schema": ...}}', "response_format",
-    )  # fmt: skip
+        return {"json_schema": class_schema(form)}
+    return response_format(form)
