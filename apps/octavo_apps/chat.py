@@ -23,7 +23,7 @@ from octavo_apps.answering import Answer
 from octavo_apps.conversation import Conversation
 from octavo_apps.engines import Engines
 from octavo_apps.figures import strip
-from octavo_apps.look import OPEN_SIDEBAR, notice
+from octavo_apps.look import READY, notice
 
 logger = logging.getLogger("octavo")
 
@@ -91,7 +91,7 @@ class ChatPage:
             with gr.Row(elem_classes="compose", equal_height=False):
                 self.box = gr.Textbox(
                     label="Your message", show_label=False, placeholder="Write a message", lines=1, max_lines=8,
-                    scale=9, container=False, autofocus=True, elem_id="message",
+                    scale=9, container=False, interactive=False, elem_id="message",
                 )  # fmt: skip
                 self.send = gr.Button("Send", variant="primary", scale=1, min_width=84, elem_id="send")
                 self.stop = gr.Button("Stop", variant="stop", scale=1, min_width=84, visible=False, elem_id="stop")
@@ -132,9 +132,10 @@ class ChatPage:
         self.download.click(self._file, [self.conversation], [self.file, self.file_name, self.notice], **quick).then(
             None, [self.file, self.file_name], js=storage.DOWNLOAD
         )
-        self.blocks.load(None, js=OPEN_SIDEBAR)
         self.kept.change(None, [self.kept], js=storage.SAVE)
-        self.blocks.load(self._load, [self.kept], [*shown, self.system], js=storage.LOAD, **quick)
+        self.blocks.load(self._load, [self.kept], [*shown, self.system], js=storage.LOAD, **quick).then(
+            None, js=READY
+        )
 
     # ---------------------------------------------------------------- answers
 
@@ -267,7 +268,8 @@ class ChatPage:
         except (ValueError, TypeError, KeyError):
             logger.warning("the browser sent conversations that cannot be read")
         conversation = opened or Conversation()
-        return self._whole(conversation, library) | {self.system: conversation.system}
+        writable = gr.update(interactive=True)  # a message sent before would have been lost
+        return self._whole(conversation, library) | {self.system: conversation.system, self.box: writable}
 
     def _file(self, conversation: Conversation) -> tuple[str, str, str]:
         if not conversation.turns:

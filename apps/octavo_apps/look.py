@@ -20,11 +20,12 @@ GREY = gr.themes.Color(
     "#141412", name="stone",
 )  # fmt: skip
 
-OPEN_SIDEBAR = """() => {
+READY = """() => {
     const button = document.querySelector(".side:not(.open) .toggle-button");
     if (button && window.innerWidth >= 1000) button.click();
+    setTimeout(() => document.querySelector("#message textarea, #source textarea")?.focus(), 50);
 }"""
-"""Runs when a page is loaded: where there is room, the sidebar stands open."""
+"""Runs when a page can be used: where there is room, the sidebar stands open; the cursor is where one writes."""
 
 CSS = Path(__file__).with_name("look.css")
 
