@@ -17,5 +17,6 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 from octavo_apps.chat import chat_blocks
 from octavo_apps.serving import serve
+from octavo_apps.translate import translate_blocks
 
-__all__ = ["chat_blocks", "serve"]
+__all__ = ["chat_blocks", "serve", "translate_blocks"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from octavo.async_llm import AsyncLLM, AsyncTokenStream
@@ -37,7 +37,8 @@ class Moment:
 
 
 class Answer:
-    """The next turn of a conversation. `async for moment in answer.run()` makes it; `stop()` ends it early, and what
+    """The next turn of a conversation. `answer.run()` makes it, and closing that
+    ends the request; `stop()` ends it early, and what
     was written stays. Raises `OctavoError`; then too."""
 
     def __init__(self, llm: AsyncLLM, conversation: Conversation, params: SamplingParams) -> None:
@@ -55,7 +56,7 @@ class Answer:
         if self._stream is not None:
             self._stream.close()
 
-    async def run(self) -> AsyncIterator[Moment]:
+    async def run(self) -> AsyncGenerator[Moment]:
         """Appends the turn to the conversation and fills it."""
         check_length(self._llm, self._conversation.turns[-1].content)
         plan = await asyncio.to_thread(self._fitting)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import AsyncIterator, Sequence
-from html import escape
+from contextlib import aclosing
 from typing import Any
 
 import gradio as gr
-from octavo.errors import ConfigError, OctavoError, RequestError
+from octavo.errors import OctavoError
 from octavo.models.sources import DEFAULT_MODEL
 from octavo.sampling_params import SamplingParams
 
@@ -23,13 +23,14 @@ from octavo_apps.answering import Answer
 from octavo_apps.conversation import Conversation
 from octavo_apps.engines import Engines
 from octavo_apps.figures import strip
-from octavo_apps.look import READY, notice
+from octavo_apps.look import READY, Updates, notice, sentence_of, title
 
 logger = logging.getLogger("octavo")
 
-Updates = dict[Any, Any]
 Library = dict[str, Conversation]
 
+APP = "chat"
+"""Names its entries in the browser's storage."""
 PLACEHOLDER = "## What would you like to know?\nAnswers are made on this machine, and nothing leaves it."
 
 
@@ -82,7 +83,7 @@ class ChatPage:
 
     def _middle(self) -> None:
         with gr.Column(elem_classes="page", elem_id="chat-page"):
-            self.title = gr.HTML(_title(self.engines.default), padding=False)
+            self.title = gr.HTML(title("Chat", self.engines.default), padding=False)
             self.chatbot = gr.Chatbot(
                 show_label=False, label="Conversation", elem_id="chat", editable="user", buttons=["copy"],
                 placeholder=PLACEHOLDER, layout="bubble", height="60vh", allow_tags=False, container=False,
@@ -124,16 +125,16 @@ class ChatPage:
         self.chatbot.clear(self._start_anew, [self.conversation, self.library], shown, **quick)
         self.new.click(self._start_anew, [self.conversation, self.library], shown, **quick)
         self.list.input(self._open, [self.list, self.library], [*shown, self.system], **quick).then(
-            None, [self.list], js=storage.OPEN
+            None, [self.list], js=storage.opened(APP)
         )
-        self.delete.click(None, [self.list], js=storage.REMOVE).then(
+        self.delete.click(None, [self.list], js=storage.remove(APP)).then(
             self._delete, [self.conversation, self.library], shown, **quick
         )
         self.download.click(self._file, [self.conversation], [self.file, self.file_name, self.notice], **quick).then(
             None, [self.file, self.file_name], js=storage.DOWNLOAD
         )
-        self.kept.change(None, [self.kept], js=storage.SAVE)
-        self.blocks.load(self._load, [self.kept], [*shown, self.system], js=storage.LOAD, **quick).then(
+        self.kept.change(None, [self.kept], js=storage.save(APP))
+        self.blocks.load(self._load, [self.kept], [*shown, self.system], js=storage.load(APP), **quick).then(
             None, js=READY
         )
 
@@ -198,15 +199,16 @@ class ChatPage:
             async with self.engines.use(model.strip()) as llm:
                 answer = self._running[session] = Answer(llm, conversation, params)
                 yield {
-                    self.notice: "", self.title: _title(model), self.kept: conversation.to_json(),
+                    self.notice: "", self.title: title("Chat", model), self.kept: conversation.to_json(),
                     self.list: _listed(library, conversation),
                 }  # fmt: skip
-                async for moment in answer.run():
-                    yield {self.chatbot: conversation.shown(), self.strip: strip(moment, llm)}
+                async with aclosing(answer.run()) as moments:
+                    async for moment in moments:
+                        yield {self.chatbot: conversation.shown(), self.strip: strip(moment, llm)}
                 if answer.forgotten:
                     problem = f"The {answer.forgotten} oldest messages no longer fit, and the model did not see them."
         except OctavoError as error:
-            problem = _sentence(error)
+            problem = sentence_of(error)
         except Exception as error:
             logger.exception("the chat app failed to answer")
             problem = f"The app failed ({type(error).__name__}: {error}). The next message may work."
@@ -258,7 +260,7 @@ class ChatPage:
         opened: Conversation | None = None
         try:
             found = json.loads(kept)
-            for text in found["conversations"]:
+            for text in found["entries"]:
                 try:
                     one = Conversation.from_json(text)
                 except ValueError:
@@ -293,14 +295,3 @@ def _listed(library: Library, current: Conversation) -> Any:
     return gr.update(
         choices=[(one.title, one.id) for one in order], value=current.id if current.id in library else None
     )
-
-
-def _title(model: str) -> str:
-    return f'<div class="title"><h1>Chat</h1><p>{escape(model)}</p></div>'
-
-
-def _sentence(error: OctavoError) -> str:
-    text = str(error).strip()
-    if isinstance(error, ConfigError | RequestError) and error.field and error.field not in text:
-        text = f"{error.field}: {text}"
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")

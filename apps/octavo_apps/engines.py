@@ -35,6 +35,10 @@ class Engines:
         engine = self._engines.get(model)
         return engine is not None and engine.started
 
+    def started(self, model: str) -> AsyncLLM:
+        """The engine of `model`, for a look at it; started if need be, which blocks."""
+        return self._engines[model].async_llm
+
     @asynccontextmanager
     async def use(self, model: str) -> AsyncIterator[AsyncLLM]:
         """The engine of `model`, started if need be. It is not let go of before the end of the `with`."""

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
+from octavo.errors import ConfigError, OctavoError, RequestError
 
+Updates = dict[Any, Any]
+"""What an event changes on the page: new values by component."""
 SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
 CODE_FONTS = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 
@@ -23,9 +27,21 @@ GREY = gr.themes.Color(
 READY = """() => {
     const button = document.querySelector(".side:not(.open) .toggle-button");
     if (button && window.innerWidth >= 1000) button.click();
+    const name = () => document.querySelectorAll("fieldset:not([aria-labelledby])").forEach((group, number) => {
+        const label = group.querySelector("[data-testid=block-info]");
+        if (!label) return;
+        label.id ||= "group-" + number + "-" + Date.now();
+        group.setAttribute("aria-labelledby", label.id);
+    });
+    name();
+    new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
+    for (const input of document.querySelectorAll(".languages input"))
+        input.addEventListener("focus", () => input.select());
     setTimeout(() => document.querySelector("#message textarea, #source textarea")?.focus(), 50);
 }"""
-"""Runs when a page can be used: where there is room, the sidebar stands open; the cursor is where one writes."""
+"""Runs when a page can be used: where there is room, the sidebar stands open; the cursor is where one writes; what
+is typed into a list of languages searches at once; groups of choices get their visible labels as names for screen
+readers, which Gradio leaves out."""
 
 CSS = Path(__file__).with_name("look.css")
 
@@ -64,3 +80,16 @@ def notice(sentence: str = "", *, wrong: bool = True) -> str:
         return ""
     kind, role = ("wrong", "alert") if wrong else ("plain", "status")
     return f'<p class="notice {kind}" role="{role}">{escape(sentence)}</p>'
+
+
+def sentence_of(error: OctavoError) -> str:
+    """An error as a sentence; it names the field that is wrong, if the message does not."""
+    text = str(error).strip()
+    if isinstance(error, ConfigError | RequestError) and error.field and error.field not in text:
+        text = f"{error.field}: {text}"
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
+def title(name: str, model: str) -> str:
+    """The head of a page, as HTML."""
+    return f'<div class="title"><h1>{escape(name)}</h1><p>{escape(model)}</p></div>'

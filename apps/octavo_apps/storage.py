@@ -1,4 +1,5 @@
-"""Conversations in the browser's own storage: one entry each, so that several tabs do not overwrite one another's.
+"""What a browser keeps of an app's work in its own storage: one entry for each conversation or translation, so that
+several tabs do not overwrite one another's.
 
 Scripts for Gradio's events; they run in the page, and the server keeps nothing. When the storage is full the oldest
 make way.
@@ -6,34 +7,50 @@ make way.
 
 from __future__ import annotations
 
-SAVE = """(text) => {
-    if (!text) return;
-    const prefix = "octavo.chat.", one = JSON.parse(text);
-    sessionStorage.setItem("octavo.open", one.id);
-    for (;;) {
-        try { localStorage.setItem(prefix + one.id, text); return; }
-        catch (full) {
-            const others = Object.keys(localStorage).filter(key => key.startsWith(prefix) && key !== prefix + one.id);
-            const age = key => { try { return JSON.parse(localStorage.getItem(key)).changed; } catch { return 0; } };
-            others.sort((a, b) => age(a) - age(b));
-            if (!others.length) return;
-            localStorage.removeItem(others[0]);
+
+def save(app: str) -> str:
+    """Takes one entry as JSON, with its "id" and when it "changed"."""
+    return """(text) => {
+        if (!text) return;
+        const prefix = "octavo.APP.", one = JSON.parse(text);
+        sessionStorage.setItem(prefix + "open", one.id);
+        for (;;) {
+            try { localStorage.setItem(prefix + one.id, text); return; }
+            catch (full) {
+                const age = key => {
+                    try { return JSON.parse(localStorage.getItem(key)).changed; } catch { return 0; }
+                };
+                const others = Object.keys(localStorage)
+                    .filter(key => key.startsWith(prefix) && key !== prefix + one.id)
+                    .sort((a, b) => age(a) - age(b));
+                if (!others.length) return;
+                localStorage.removeItem(others[0]);
+            }
         }
-    }
-}"""
-"""Takes a conversation as JSON."""
+    }""".replace("APP", app)
 
-LOAD = """() => {
-    const keys = Object.keys(localStorage).filter(key => key.startsWith("octavo.chat."));
-    return JSON.stringify({
-        open: sessionStorage.getItem("octavo.open"), conversations: keys.map(key => localStorage.getItem(key)),
-    });
-}"""
-"""Gives all of them, and the id of the one that this tab had open."""
 
-OPEN = """(id) => { sessionStorage.setItem("octavo.open", id); }"""
+def load(app: str) -> str:
+    """Gives all entries, and the id of the one that this tab had open."""
+    return """() => {
+        const keys = Object.keys(localStorage).filter(key => key.startsWith("octavo.APP."));
+        const entries = keys.map(key => localStorage.getItem(key));
+        return JSON.stringify({open: sessionStorage.getItem("octavo.APP.open"), entries});
+    }""".replace("APP", app)
 
-REMOVE = """(id) => { localStorage.removeItem("octavo.chat." + id); sessionStorage.removeItem("octavo.open"); }"""
+
+def opened(app: str) -> str:
+    """Takes the id of the entry that is open now."""
+    return """(id) => { sessionStorage.setItem("octavo.APP.open", id); }""".replace("APP", app)
+
+
+def remove(app: str) -> str:
+    """Takes an id."""
+    return """(id) => {
+        localStorage.removeItem("octavo.APP." + id);
+        sessionStorage.removeItem("octavo.APP.open");
+    }""".replace("APP", app)
+
 
 DOWNLOAD = """(text, name) => {
     if (!text) return;
@@ -44,3 +61,5 @@ DOWNLOAD = """(text, name) => {
     setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }"""
 """Takes a file's text and its name."""
+
+COPY = """(text) => { if (text) navigator.clipboard.writeText(text); }"""

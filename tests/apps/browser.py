@@ -57,6 +57,10 @@ class Tab:
     def notice(self) -> Locator:
         return self.page.locator(".notice")
 
+    def pick(self, title: str) -> None:
+        """Open an earlier conversation or translation."""
+        self.page.locator(".list label", has_text=title).click()
+
     def sideways(self) -> int:
         """Pixels by which the page is wider than the window."""
         return int(self.page.evaluate("document.documentElement.scrollWidth - window.innerWidth"))
@@ -119,3 +123,46 @@ class ChatTab(Tab):
     def figure(self, name: str) -> str:
         """One figure of the strip."""
         return self.page.locator(".strip > div", has_text=name).locator("dd").inner_text()
+
+
+class TranslateTab(Tab):
+    """The translation app."""
+
+    @property
+    def text(self) -> Locator:
+        return self.page.get_by_label("Text", exact=True).and_(self.page.locator("textarea"))
+
+    @property
+    def result(self) -> Locator:
+        return self.page.get_by_role("region", name="Translation")
+
+    @property
+    def sentences(self) -> Locator:
+        return self.result.get_by_role("button")
+
+    @property
+    def go(self) -> Locator:
+        return self.page.get_by_role("button", name="Translate", exact=True)
+
+    @property
+    def stop(self) -> Locator:
+        return self.page.get_by_role("button", name="Stop")
+
+    def language(self, label: str) -> Locator:
+        return self.page.get_by_label(label, exact=True)
+
+    def choose(self, label: str, name: str) -> None:
+        """Search for a language by the beginning of its name, and take it."""
+        self.language(label).click()
+        self.page.keyboard.type(name)
+        self.page.keyboard.press("Enter")
+        self.page.keyboard.press("Escape")
+        expect(self.language(label)).to_have_value(name)
+
+    def translate(self, text: str) -> list[str]:
+        """Type, press, wait for the end. The sentences that came."""
+        self.text.fill(text)
+        self.go.click()
+        expect(self.result).to_have_attribute("aria-busy", "false", timeout=60_000)
+        expect(self.go).to_be_visible(timeout=60_000)
+        return self.sentences.all_inner_texts()

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import browser
 import pytest
-from octavo import AsyncLLM
-from octavo.engine.contract import EngineStats
-from octavo.engine.core import EngineCore
+from conftest import Fault, nothing_runs, stats
 from octavo_apps.engines import Engines
 from playwright.sync_api import expect
 
@@ -32,24 +29,6 @@ def chat(new_chat: New) -> Iterator[browser.ChatTab]:
     assert len(tab.requests) > 5, "no request was recorded"
     assert tab.outside == []
     assert tab.errors == []
-
-
-def llm_of(engines: Engines) -> AsyncLLM:
-    return engines._engines[engines.default].async_llm
-
-
-def stats(engines: Engines) -> EngineStats:
-    return llm_of(engines).stats()
-
-
-def nothing_runs(engines: Engines) -> None:
-    """Soon: what was ended gives its blocks back between two steps."""
-    for _ in range(100):
-        now = stats(engines)
-        if (now.running, now.waiting, now.blocks_used) == (0, 0, 0):
-            return
-        time.sleep(0.05)
-    raise AssertionError(now)
 
 
 def test_an_answer_streams_and_the_figures_are_those_of_the_engine(chat: browser.ChatTab) -> None:
@@ -152,7 +131,7 @@ def test_clear_begins_a_new_conversation_and_the_old_one_stays_in_the_list(chat:
     chat.ask("What is fire?")
     expect(chat.questions).to_have_count(1)
     expect(chat.page.get_by_role("radio")).to_have_count(2)
-    chat.page.get_by_role("radio", name="What is water?").check(force=True)
+    chat.pick("What is water?")
     expect(chat.questions).to_have_text("What is water?")
 
 
@@ -210,8 +189,8 @@ HOSTILE = (
 def stored(tab: browser.ChatTab, *turns: dict[str, Any]) -> None:
     """What the model said, as the browser keeps it; then the page is loaded anew."""
     one = {"id": "abc", "system": "", "changed": 1.0, "turns": [{"role": "user", "content": "Hello"}, *turns]}
-    script = "text => { localStorage.setItem('octavo.chat.abc', text); sessionStorage.setItem('octavo.open', 'abc'); }"
-    tab.page.evaluate(script, json.dumps(one))
+    tab.page.evaluate("text => localStorage.setItem('octavo.chat.abc', text)", json.dumps(one))
+    tab.page.evaluate("sessionStorage.setItem('octavo.chat.open', 'abc')")
     tab.page.reload()
     tab.settled()
 
@@ -271,24 +250,14 @@ def test_a_bad_model_is_a_sentence_and_the_good_one_works(chat: browser.ChatTab)
 
 
 def test_a_model_that_fails_in_the_middle_is_a_sentence_and_the_next_message_works(
-    chat: browser.ChatTab, engines: Engines
+    chat: browser.ChatTab, engines: Engines, fault: Fault
 ) -> None:
     chat.set_number("Most tokens", 4096)
-    service = llm_of(engines).engine.service
-
-    def break_it(core: EngineCore) -> Any:
-        def fail(*_: Any, **__: Any) -> Any:
-            raise ArithmeticError("the model is broken")
-
-        runner: Any = core.runner
-        launch, runner.launch = runner.launch, fail
-        return launch
-
     chat.begin(LONG)
     expect(chat.answers.last).to_contain_text(re.compile(r"\w+"))
-    launch = service.call(break_it)
+    fault.begin()
     chat.ended()
-    service.call(lambda core: setattr(core.runner, "launch", launch))
+    fault.end()
     expect(chat.notice).to_contain_text("the model is broken")
     expect(chat.answers.last).to_contain_text("The answer ends here, because the model failed.")
     nothing_runs(engines)
