@@ -57,13 +57,13 @@ class Answer:
             self._stream.close()
 
     async def run(self) -> AsyncGenerator[Moment]:
-        """Appends the turn to the conversation and fills it."""
+        """Appends the turn to the conversation, unless the request is refused, and fills it."""
         check_length(self._llm, self._conversation.turns[-1].content)
         plan = await asyncio.to_thread(self._fitting)
         parser = plan.parser()
+        stream = self._stream = await self._llm.begin(plan.prompt, plan.params)
         self._conversation.turns.append(self.turn)
         shown = asked = 0.0
-        stream = self._stream = await self._llm.begin(plan.prompt, plan.params)
         reason = None
         try:
             if self._stopped:  # before there was a stream

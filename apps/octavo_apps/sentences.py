@@ -12,7 +12,7 @@ _ABBREVIATIONS = frozenset((
     "co", "approx", "dept", "est", "z.b", "d.h", "bzw", "usw", "ca", "nr", "bspw", "u.a", "mme", "mlle", "p.ex", "env",
     "sra", "dra", "ud", "uds", "pág", "núm", "sig", "dott", "avv", "ecc", "dhr", "mevr", "bijv", "o.a", "t.a.v",
 ))  # fmt: skip
-_END = re.compile(r"""[.!?…]+["'”’»)\]]*(?=\s|$)|[。!?]+[」』”’]*|\n+""")
+_END = re.compile(r"""[.!?…]+["'”’»)\]]*(?=\s|$)|[。！？]+[」』”’]*|\n+""")
 LONGEST = 600
 """Characters of a sentence; a longer one is cut at a comma or a blank, because models lose their way in it."""
 
