@@ -37,15 +37,14 @@ class Moment:
 
 
 class Answer:
-    """The next turn of a conversation. `answer.run()` makes it, and closing that
-    ends the request; `stop()` ends it early, and what
-    was written stays. Raises `OctavoError`; then too."""
+    """The next turn of a conversation. `run` makes it, and closing that ends the request; `stop()` ends it early, and
+    what was written stays."""
 
-    def __init__(self, llm: AsyncLLM, conversation: Conversation, params: SamplingParams) -> None:
+    def __init__(self, conversation: Conversation, params: SamplingParams) -> None:
         self.turn = Turn("assistant", complete=False)
         self.forgotten = 0  # turns that no longer fit
         self._most_running = 0
-        self._llm, self._conversation, self._params = llm, conversation, params
+        self._conversation, self._params = conversation, params
         self._stream: AsyncTokenStream | None = None
         self._stats: EngineStats | None = None
         self._stopped = False
@@ -56,12 +55,12 @@ class Answer:
         if self._stream is not None:
             self._stream.close()
 
-    async def run(self) -> AsyncGenerator[Moment]:
-        """Appends the turn to the conversation, unless the request is refused, and fills it."""
-        check_length(self._llm, self._conversation.turns[-1].content)
-        plan = await asyncio.to_thread(self._fitting)
+    async def run(self, llm: AsyncLLM) -> AsyncGenerator[Moment]:
+        """Appends the turn to the conversation, unless the request is refused, and fills it. Raises `OctavoError`."""
+        check_length(llm, self._conversation.turns[-1].content)
+        plan = await asyncio.to_thread(self._fitting, llm)
         parser = plan.parser()
-        stream = self._stream = await self._llm.begin(plan.prompt, plan.params)
+        stream = self._stream = await llm.begin(plan.prompt, plan.params)
         self._conversation.turns.append(self.turn)
         shown = asked = 0.0
         reason = None
@@ -75,13 +74,13 @@ class Answer:
                 if now - shown < SECONDS_BETWEEN_SHOWS:
                     continue
                 if now - asked >= SECONDS_BETWEEN_STATS:
-                    await self._ask()
+                    await self._ask(llm)
                     asked = now
                 shown = now
                 yield self._moment(stream)
             self._take(parser.finish())
             self._end(reason)
-            await self._ask()
+            await self._ask(llm)
             yield self._moment(stream)
         finally:
             stream.close()
@@ -103,23 +102,23 @@ class Answer:
             elif isinstance(delta, ReasoningDelta):
                 self.turn.thinking += delta.text
 
-    async def _ask(self) -> None:
-        self._stats = await asyncio.to_thread(self._llm.stats)  # it waits for the current step
+    async def _ask(self, llm: AsyncLLM) -> None:
+        self._stats = await asyncio.to_thread(llm.stats)  # it waits for the current step
         self._most_running = max(self._most_running, self._stats.running)
 
     def _moment(self, stream: AsyncTokenStream) -> Moment:
         return Moment(stream.output.metrics, self._stats, self._most_running)
 
-    def _fitting(self) -> ChatPlan:
+    def _fitting(self, llm: AsyncLLM) -> ChatPlan:
         """The plan for as many of the last turns as leave room for an answer; the last question is always among
         them."""
-        limit = self._llm.engine.limits.max_model_len
+        limit = llm.engine.limits.max_model_len
         room = min(self._params.max_tokens or limit, limit // ROOM_SHARE)
         messages = self._conversation.messages()
         system = [message for message in messages[:1] if message["role"] == "system"]
         turns = messages[len(system) :]
         while True:
-            plan = plan_chat(self._llm.tokenizer, [*system, *turns], self._params)
+            plan = plan_chat(llm.tokenizer, [*system, *turns], self._params)
             if len(turns) <= 2 or len(plan.prompt["prompt_token_ids"]) <= limit - room:
                 return plan
             del turns[:2]

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
 import gradio as gr
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, RequestError
 from octavo.models.sources import DEFAULT_MODEL
 from octavo.sampling_params import SamplingParams
 
@@ -122,11 +122,9 @@ class ChatPage:
         self.chatbot.edit(self._edited, how, **streaming)
         self.stop.click(self._stop, None, None, **quick)
         self.chatbot.undo(self._undo, [self.conversation, self.library], shown, **quick)
-        self.chatbot.clear(self._start_anew, [self.conversation, self.library], shown, **quick)
-        self.new.click(self._start_anew, [self.conversation, self.library], shown, **quick)
-        self.list.input(self._open, [self.list, self.library], [*shown, self.system], **quick).then(
-            None, [self.list], js=storage.opened(APP)
-        )
+        gr.on([self.chatbot.clear, self.new.click], self._start_anew, [self.library], shown, **quick)
+        self.list.input(self._open, [self.list, self.library], [*shown, self.system], **quick)
+        self.list.change(None, [self.list], js=storage.opened(APP))
         self.delete.click(None, [self.list], js=storage.remove(APP)).then(
             self._delete, [self.conversation, self.library], shown, **quick
         )
@@ -141,93 +139,107 @@ class ChatPage:
     # ---------------------------------------------------------------- answers
 
     async def _ask(
-        self, request: gr.Request, text: str, conversation: Conversation, library: Library, model: str, system: str,
-        *sampling: Any,
-    ) -> AsyncIterator[Updates]:  # fmt: skip
+        self, request: gr.Request, text: str, conversation: Conversation, library: Library, *how: Any
+    ) -> AsyncIterator[Updates]:
         if not text.strip():
             yield {self.notice: notice("Write a message first.")}
-            return
-        conversation.ask(text.strip())
-        async for updates in self._answer(conversation, library, model, system, sampling, request, asked=text):
-            yield updates
+        elif (busy := self._busy(request)) is not None:
+            yield busy
+        else:
+            conversation.ask(text.strip())
+            async with aclosing(self._answer(request, conversation, library, *how, asked=text)) as steps:
+                async for updates in steps:
+                    yield updates
 
     async def _again(
-        self, request: gr.Request, conversation: Conversation, library: Library, model: str, system: str,
-        *sampling: Any,
-    ) -> AsyncIterator[Updates]:  # fmt: skip
-        conversation.back_to_question()
-        if not conversation.turns:
+        self, request: gr.Request, conversation: Conversation, library: Library, *how: Any
+    ) -> AsyncIterator[Updates]:
+        if (busy := self._busy(request)) is not None:
+            yield busy
+        elif not conversation.turns:
             yield {self.notice: notice("There is no question to answer again.")}
-            return
-        async for updates in self._answer(conversation, library, model, system, sampling, request):
-            yield updates
+        else:
+            conversation.back_to_question()
+            async with aclosing(self._answer(request, conversation, library, *how)) as steps:
+                async for updates in steps:
+                    yield updates
 
     async def _edited(
-        self, request: gr.Request, edit: gr.EditData, conversation: Conversation, library: Library, model: str,
-        system: str, *sampling: Any,
-    ) -> AsyncIterator[Updates]:  # fmt: skip
+        self, request: gr.Request, edit: gr.EditData, conversation: Conversation, library: Library, *how: Any
+    ) -> AsyncIterator[Updates]:
         text = edit.value if isinstance(edit.value, str) else ""
-        if not text.strip():
+        if (busy := self._busy(request)) is not None:
+            yield busy | {self.chatbot: conversation.shown()}
+        elif not text.strip():
             yield {self.notice: notice("A message cannot be empty."), self.chatbot: conversation.shown()}
-            return
-        place = edit.index if isinstance(edit.index, int) else edit.index[0]
-        conversation.edit(place, text)
-        async for updates in self._answer(conversation, library, model, system, sampling, request):
-            yield updates
+        else:
+            conversation.edit(edit.index if isinstance(edit.index, int) else edit.index[0], text)
+            async with aclosing(self._answer(request, conversation, library, *how)) as steps:
+                async for updates in steps:
+                    yield updates
 
     async def _answer(
-        self, conversation: Conversation, library: Library, model: str, system: str, sampling: Sequence[Any],
-        request: gr.Request, *, asked: str = "",
-    ) -> AsyncIterator[Updates]:  # fmt: skip
+        self, request: gr.Request, conversation: Conversation, library: Library, model: str, system: str,
+        *sampling: Any, asked: str = "",
+    ) -> AsyncGenerator[Updates]:  # fmt: skip
         """Answer the last question. Whatever goes wrong becomes a sentence; the next message works. A message that is
-        refused goes back to where it was written (`asked`)."""
-        session = str(request.session_hash)
-        if session in self._running:
-            conversation.turns.pop()
-            yield {self.notice: notice("An answer is being written: wait for its end, or stop it.")}
-            return
+        refused goes back to where it was written (`asked`). When another conversation was opened meanwhile, the page is
+        left alone."""
+        session, problem, answer = str(request.session_hash), "", None
         conversation.system = system
         library[conversation.id] = conversation
         waits = "" if self.engines.is_loaded(model) else f"{model} is being loaded. A new model is fetched first."
         yield {
             self.chatbot: conversation.shown(), self.box: "", self.notice: notice(waits, wrong=False),
+            self.list: _listed(library, conversation), self.kept: conversation.to_json(),
             self.send: gr.update(visible=False), self.stop: gr.update(visible=True),
         }  # fmt: skip
-        problem, answer = "", None
         try:
-            params = sampling_params(*sampling)
+            answer = self._running[session] = Answer(conversation, sampling_params(*sampling))
             async with self.engines.use(model.strip()) as llm:
-                answer = self._running[session] = Answer(llm, conversation, params)
-                yield {
-                    self.notice: "", self.title: title("Chat", model), self.kept: conversation.to_json(),
-                    self.list: _listed(library, conversation),
-                }  # fmt: skip
-                async with aclosing(answer.run()) as moments:
+                yield {self.notice: "", self.title: title("Chat", model)}
+                async with aclosing(answer.run(llm)) as moments:
                     async for moment in moments:
-                        yield {self.chatbot: conversation.shown(), self.strip: strip(moment, llm)}
-                if answer.forgotten:
-                    problem = f"The {answer.forgotten} oldest messages no longer fit, and the model did not see them."
+                        if self._running.get(session) is answer:
+                            yield {self.chatbot: conversation.shown(), self.strip: strip(moment, llm)}
+            if answer.forgotten:
+                problem = f"The {answer.forgotten} oldest messages no longer fit, and the model did not see them."
         except OctavoError as error:
             problem = sentence_of(error)
         except Exception as error:
             logger.exception("the chat app failed to answer")
             problem = f"The app failed ({type(error).__name__}: {error}). The next message may work."
         finally:
-            self._running.pop(session, None)
+            left = answer is not None and self._running.get(session) is not answer
+            if not left:
+                self._running.pop(session, None)
         updates: Updates = {
             self.notice: notice(problem), self.send: gr.update(visible=True), self.stop: gr.update(visible=False),
         }  # fmt: skip
-        if answer is None or answer.turn not in conversation.turns:  # refused before the first word
+        if answer is None or not any(turn is answer.turn for turn in conversation.turns):  # refused
             question = conversation.undo()
             updates[self.box] = asked or question
         elif problem and not answer.turn.note and not answer.forgotten:
             answer.turn.note = "The answer ends here, because the model failed."
-        yield updates | self._whole(conversation, library)
+        yield {self.kept: conversation.to_json()} if left else updates | self._whole(conversation, library)
+
+    def _busy(self, request: gr.Request) -> Updates | None:
+        """The sentence that a tab gets which asks before its answer has ended."""
+        if str(request.session_hash) not in self._running:
+            return None
+        return {self.notice: notice("An answer is being written: wait for its end, or stop it.")}
 
     def _stop(self, request: gr.Request) -> None:
         answer = self._running.get(str(request.session_hash))
         if answer is not None:
             answer.stop()
+
+    def _leave(self, request: gr.Request) -> Updates:
+        """What is being written is no longer looked at: it ends, and stays in its conversation."""
+        answer = self._running.pop(str(request.session_hash), None)
+        if answer is not None:
+            answer.stop()
+        return {self.notice: "", self.send: gr.update(visible=True), self.stop: gr.update(visible=False)}
 
     # ---------------------------------------------------------------- conversations
 
@@ -237,23 +249,25 @@ class ChatPage:
             library[conversation.id] = conversation
         return {
             self.chatbot: conversation.shown(), self.conversation: conversation, self.library: library,
-            self.list: _listed(library, conversation), self.kept: conversation.to_json() if conversation.turns else "",
+            self.list: _listed(library, conversation), self.kept: conversation.to_json() if conversation.id else "",
         }  # fmt: skip
 
-    def _undo(self, conversation: Conversation, library: Library) -> Updates:
+    def _undo(self, request: gr.Request, conversation: Conversation, library: Library) -> Updates:
+        left = self._leave(request)
         question = conversation.undo()
-        return self._whole(conversation, library) | {self.box: question, self.notice: ""}
+        return left | self._whole(conversation, library) | {self.box: question}
 
-    def _start_anew(self, conversation: Conversation, library: Library) -> Updates:
-        return self._whole(Conversation(), library) | {self.strip: strip(None, None), self.notice: ""}
+    def _start_anew(self, request: gr.Request, library: Library) -> Updates:
+        return self._leave(request) | self._whole(Conversation(), library) | {self.strip: strip(None, None)}
 
-    def _open(self, id: str, library: Library) -> Updates:
+    def _open(self, request: gr.Request, id: str, library: Library) -> Updates:
         conversation = library.get(id) or Conversation()
-        return self._whole(conversation, library) | {self.notice: "", self.system: conversation.system}
+        left = self._leave(request) | {self.system: conversation.system, self.strip: strip(None, None)}
+        return left | self._whole(conversation, library)
 
-    def _delete(self, conversation: Conversation, library: Library) -> Updates:
+    def _delete(self, request: gr.Request, conversation: Conversation, library: Library) -> Updates:
         library.pop(conversation.id, None)
-        return self._whole(Conversation(), library) | {self.notice: ""}
+        return self._start_anew(request, library)
 
     def _load(self, kept: str) -> Updates:
         library: Library = {}
@@ -265,7 +279,8 @@ class ChatPage:
                     one = Conversation.from_json(text)
                 except ValueError:
                     continue  # written by hand, or by another version
-                library[one.id] = one
+                if one.turns:
+                    library[one.id] = one
             opened = library.get(found["open"])
         except (ValueError, TypeError, KeyError):
             logger.warning("the browser sent conversations that cannot be read")
@@ -282,7 +297,9 @@ class ChatPage:
 def sampling_params(
     temperature: float, top_p: float, top_k: float, min_p: float, penalty: float, max_tokens: float, seed: float | None
 ) -> SamplingParams:
-    """From the page's controls."""
+    """From the page's controls. Raises `RequestError`."""
+    if None in (temperature, top_p, top_k, min_p, penalty, max_tokens):
+        raise RequestError("A setting is empty: every one but the seed needs a number.")
     return SamplingParams(
         temperature=temperature, top_p=top_p, top_k=int(top_k), min_p=min_p, repetition_penalty=penalty,
         max_tokens=int(max_tokens), seed=None if seed is None else int(seed),
@@ -291,7 +308,5 @@ def sampling_params(
 
 def _listed(library: Library, current: Conversation) -> Any:
     """The list of conversations, the last changed first."""
-    order = sorted(library.values(), key=lambda one: -one.changed)
-    return gr.update(
-        choices=[(one.title, one.id) for one in order], value=current.id if current.id in library else None
-    )
+    order = sorted((one for one in library.values() if one.turns), key=lambda one: -one.changed)
+    return gr.update(choices=[(one.title, one.id) for one in order], value=current.id if current in order else None)

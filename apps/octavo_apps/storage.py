@@ -13,7 +13,6 @@ def save(app: str) -> str:
     return """(text) => {
         if (!text) return;
         const prefix = "octavo.APP.", one = JSON.parse(text);
-        sessionStorage.setItem(prefix + "open", one.id);
         for (;;) {
             try { localStorage.setItem(prefix + one.id, text); return; }
             catch (full) {
@@ -41,15 +40,12 @@ def load(app: str) -> str:
 
 def opened(app: str) -> str:
     """Takes the id of the entry that is open now."""
-    return """(id) => { sessionStorage.setItem("octavo.APP.open", id); }""".replace("APP", app)
+    return """(id) => { sessionStorage.setItem("octavo.APP.open", id || ""); }""".replace("APP", app)
 
 
 def remove(app: str) -> str:
     """Takes an id."""
-    return """(id) => {
-        localStorage.removeItem("octavo.APP." + id);
-        sessionStorage.removeItem("octavo.APP.open");
-    }""".replace("APP", app)
+    return """(id) => { localStorage.removeItem("octavo.APP." + id); }""".replace("APP", app)
 
 
 DOWNLOAD = """(text, name) => {

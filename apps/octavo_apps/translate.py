@@ -126,9 +126,8 @@ class TranslatePage:
         )
         self.copy.click(None, [self.plain], js=storage.COPY)
         self.new.click(self._start_anew, [self.history], outputs, **quick)
-        self.list.input(self._open, [self.list, self.history], outputs, **quick).then(
-            None, [self.list], js=storage.opened(APP)
-        )
+        self.list.input(self._open, [self.list, self.history], outputs, **quick)
+        self.list.change(None, [self.list], js=storage.opened(APP))
         self.delete.click(None, [self.list], js=storage.remove(APP)).then(
             self._delete, [self.list, self.history], outputs, **quick
         )
@@ -142,25 +141,25 @@ class TranslatePage:
     ) -> AsyncIterator[Updates]:
         session = str(request.session_hash)
         translation: Translation | None = None
-        run: Run | None = None
+        run, problem = Run(), ""
         try:
             self.check_free(session)
             check_text(text)
-            if not self.engines.is_loaded(model):
-                yield {self.notice: loading(model)}
+            self.running[session] = run
+            waits = "" if self.engines.is_loaded(model) else loading(model)
+            yield {self.notice: waits, self.go: gr.update(visible=False), self.stop: gr.update(visible=True)}
             async with self.engines.use(model) as llm:
                 translator = self.translator(llm)
                 pair = await languages_of(text, source, target, translator)
                 translation = Translation.of(text, pair[0].code, pair[1].code, detected=source == OPEN)
-                run = self.running[session] = Run(translator, translation.sentences, *pair)
                 yield {
                     self.notice: "", self.title: title("Translate", model), self.result: shown(translation, busy=True),
-                    self.go: gr.update(visible=False), self.stop: gr.update(visible=True),
                     self.alternatives: gr.update(visible=False),
                 }  # fmt: skip
-                async with aclosing(run.progress()) as steps:
+                async with aclosing(run.progress(translator, translation.sentences, *pair)) as steps:
                     async for _ in steps:
-                        yield {self.result: shown(translation, busy=True)}
+                        if self.running.get(session) is run:
+                            yield {self.result: shown(translation, busy=True)}
                 problem = "Stopped." if run.stopped else ""
         except OctavoError as error:
             problem = sentence_of(error)
@@ -168,8 +167,13 @@ class TranslatePage:
             logger.exception("the translation app failed")
             problem = f"The app failed ({type(error).__name__}: {error}). The next text may work."
         finally:
-            if run is not None:
+            left = run.stopped and self.running.get(session) is not run
+            if self.running.get(session) is run:
                 del self.running[session]
+        if left:
+            if translation is not None:
+                history[translation.id] = translation
+            return
         updates: Updates = {
             self.notice: notice(problem), self.go: gr.update(visible=True), self.stop: gr.update(visible=False),
         }  # fmt: skip
@@ -187,14 +191,25 @@ class TranslatePage:
         if run is not None:
             run.stop()
 
-    def _swap(self, text: str, source: str, target: str, translation: Translation | None) -> Updates:
+    def _leave(self, request: gr.Request) -> Updates:
+        """What is being translated is no longer looked at: it ends, and stays in the history."""
+        run = self.running.pop(str(request.session_hash), None)
+        if run is not None:
+            run.stop()
+        return {
+            self.notice: "", self.go: gr.update(visible=True), self.stop: gr.update(visible=False),
+            self.alternatives: gr.update(visible=False),
+        }  # fmt: skip
+
+    def _swap(
+        self, request: gr.Request, text: str, source: str, target: str, translation: Translation | None
+    ) -> Updates:
         if translation is not None and translation.original == text:  # the translation becomes the text
             source, text = translation.source, translation.text
         if source == OPEN:
             return {self.notice: notice("Choose a language to swap with, or translate a text first.")}
-        return {
-            self.source: target, self.target: source, self.text: text, self.notice: "", self.result: shown(None),
-            self.translation: None, self.alternatives: gr.update(visible=False),
+        return self._leave(request) | {
+            self.source: target, self.target: source, self.text: text, self.result: shown(None), self.translation: None,
         }  # fmt: skip
 
     async def _alternatives(
@@ -242,25 +257,21 @@ class TranslatePage:
             self.plain: translation.text if translation is not None else "",
         }  # fmt: skip
 
-    def _start_anew(self, history: History) -> Updates:
-        return self._whole(None, history) | {
-            self.text: "", self.notice: "", self.alternatives: gr.update(visible=False),
-        }  # fmt: skip
+    def _start_anew(self, request: gr.Request, history: History) -> Updates:
+        return self._leave(request) | self._whole(None, history) | {self.text: ""}
 
-    def _open(self, id: str, history: History) -> Updates:
+    def _open(self, request: gr.Request, id: str, history: History) -> Updates:
         one = history.get(id)
         if one is None:
-            return self._start_anew(history)
-        return self._whole(one, history) | {
-            self.text: one.original, self.source: OPEN if one.detected else one.source, self.target: one.target,
-            self.notice: "", self.alternatives: gr.update(visible=False),
-        }  # fmt: skip
+            return self._start_anew(request, history)
+        languages = {self.source: OPEN if one.detected else one.source, self.target: one.target}
+        return self._leave(request) | self._whole(one, history) | languages | {self.text: one.original}
 
-    def _delete(self, id: str | None, history: History) -> Updates:
+    def _delete(self, request: gr.Request, id: str | None, history: History) -> Updates:
         history.pop(id or "", None)
-        return self._start_anew(history)
+        return self._start_anew(request, history)
 
-    def _load(self, kept: str) -> Updates:
+    def _load(self, request: gr.Request, kept: str) -> Updates:
         history: History = {}
         opened: str = ""
         try:
@@ -275,6 +286,6 @@ class TranslatePage:
                     history[one.id] = one
         except (ValueError, TypeError, KeyError):
             logger.warning("the browser sent translations that cannot be read")
-        updates = self._open(opened, history)
+        updates = self._open(request, opened, history)
         text = updates[self.text]
         return updates | {self.text: gr.update(value=text, interactive=True)}

@@ -53,8 +53,7 @@ class FileTab:
         self, request: gr.Request, path: str | None, source: str, target: str, model: str
     ) -> AsyncIterator[Updates]:
         page, session = self._page, str(request.session_hash)
-        run: Run | None = None
-        problem = ""
+        run, problem = Run(), ""
         updates: Updates = {self.progress: ""}
         try:
             page.check_free(session)
@@ -62,21 +61,19 @@ class FileTab:
                 raise DocumentError("Choose a file first.")
             name = Path(path).name
             document = await asyncio.to_thread(lambda: open_document(name, Path(path).read_bytes()))
-            if not page.engines.is_loaded(model):
-                yield {page.notice: loading(model)}
+            page.running[session] = run
+            yield {
+                page.notice: "" if page.engines.is_loaded(model) else loading(model), self.progress: "",
+                self.go: gr.update(visible=False), self.stop: gr.update(visible=True),
+                self.download: gr.update(visible=False),
+            }  # fmt: skip
             async with page.engines.use(model) as llm:
                 translator = page.translator(llm)
                 pair = await languages_of("\n".join(document.texts), source, target, translator)
                 texts = [Translation.of(text, pair[0].code, pair[1].code) for text in document.texts]
                 items = [one for text in texts for one in text.sentences]
-                run = page.running[session] = Run(translator, items, *pair)
-                yield {
-                    page.notice: "", page.title: title("Translate", model),
-                    self.progress: progress(0, len(items), pair),
-                    self.go: gr.update(visible=False), self.stop: gr.update(visible=True),
-                    self.download: gr.update(visible=False),
-                }  # fmt: skip
-                async with aclosing(run.progress()) as steps:
+                yield {page.notice: "", page.title: title("Translate", model)}
+                async with aclosing(run.progress(translator, items, *pair)) as steps:
                     async for done in steps:
                         yield {self.progress: progress(done, len(items), pair)}
             if run.stopped:
@@ -90,7 +87,7 @@ class FileTab:
             logger.exception("the translation app failed on a file")
             problem = f"The app failed ({type(error).__name__}: {error}). The next file may work."
         finally:
-            if run is not None:
+            if page.running.get(session) is run:
                 del page.running[session]
         ended = {self.go: gr.update(visible=True), self.stop: gr.update(visible=False)}
         yield {page.notice: notice(problem), **ended, **updates}

@@ -7,9 +7,10 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Self
 
 from octavo_apps.languages import Language
@@ -85,13 +86,12 @@ class Translation:
 
 
 class Run:
-    """Fills in the `text` of sentences. `run.progress()` says from time to time how many are done; closing that ends
+    """Fills in the `text` of sentences. `progress` says from time to time how many are done; closing that ends
     the requests, and so does `stop()`: then what is there stays. The first error ends the others and is
     raised."""
 
-    def __init__(self, translator: Translator, items: Sequence[Sentence], source: Language, target: Language) -> None:
-        self.items, self.done, self.stopped = items, 0, False
-        self._translator, self._source, self._target = translator, source, target
+    def __init__(self) -> None:
+        self.done, self.stopped = 0, False
         self._news = asyncio.Event()
         self._error: BaseException | None = None
 
@@ -100,11 +100,14 @@ class Run:
         self.stopped = True
         self._news.set()
 
-    async def progress(self) -> AsyncGenerator[int]:
+    async def progress(
+        self, translator: Translator, items: Sequence[Sentence], source: Language, target: Language
+    ) -> AsyncGenerator[int]:
         room = asyncio.Semaphore(AT_ONCE)
-        tasks = [asyncio.ensure_future(self._one(item, room)) for item in self.items]
+        streams = [partial(translator.stream, item.source, source, target) for item in items]
+        tasks = [asyncio.ensure_future(self._one(*one, room)) for one in zip(items, streams, strict=True)]
         try:
-            while self.done < len(self.items) and not self.stopped:
+            while self.done < len(items) and not self.stopped:
                 await self._news.wait()
                 self._news.clear()
                 if self._error is not None:
@@ -117,11 +120,13 @@ class Run:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _one(self, item: Sentence, room: asyncio.Semaphore) -> None:
+    async def _one(
+        self, item: Sentence, stream: Callable[[], AsyncGenerator[str]], room: asyncio.Semaphore
+    ) -> None:
         try:
             async with room:
                 item.text = ""
-                async with aclosing(self._translator.stream(item.source, self._source, self._target)) as pieces:
+                async with aclosing(stream()) as pieces:
                     async for piece in pieces:
                         item.text += piece
                         self._news.set()

@@ -1,4 +1,4 @@
-"""One server of each app and one browser for all tests of the apps."""
+"""One server of each app for all tests of the apps, and a browser for each file of them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from playwright.sync_api import Browser, BrowserContext, ViewportSize
 NewContext = Callable[..., BrowserContext]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
+    """For one module: while it is there, Playwright's event loop runs in the main thread, and no other can."""
     executable = real.chromium()
     if executable is None:
         pytest.skip("no Chromium on this machine: apt-get install -y chromium")

@@ -124,8 +124,8 @@ async def test_thoughts_are_told_from_the_answer(tiny_model: Path, tmp_path: Pat
     async with AsyncLLM(str(folder), dtype="float32", num_blocks=65) as llm:
         conversation = Conversation()
         conversation.ask("Hello")
-        answer = Answer(llm, conversation, SamplingParams(max_tokens=60, structured_outputs=form))
-        moments = [moment async for moment in answer.run()]
+        answer = Answer(conversation, SamplingParams(max_tokens=60, structured_outputs=form))
+        moments = [moment async for moment in answer.run(llm)]
         assert (answer.turn.thinking, answer.turn.content) == ("ab cd", "ef gh")
         assert moments[-1].stats is not None
         assert moments[-1].metrics.output_tokens > 0
@@ -138,15 +138,15 @@ async def test_old_turns_make_way_and_what_cannot_fit_is_refused(tiny_model: Pat
         conversation = Conversation()
         for number in range(12):
             conversation.ask(f"Question number {number}")
-            answer = Answer(llm, conversation, SamplingParams(max_tokens=8, seed=1, ignore_eos=True))
-            async for _ in answer.run():
+            answer = Answer(conversation, SamplingParams(max_tokens=8, seed=1, ignore_eos=True))
+            async for _ in answer.run(llm):
                 pass
         assert answer.forgotten > 0
         assert answer.turn in conversation.turns
         for text, says in (("x" * 5000, "5,000 characters"), ("word " * 200, "shorten it")):
             conversation.ask(text)
             with pytest.raises(RequestError, match=says):
-                async for _ in Answer(llm, conversation, SamplingParams()).run():
+                async for _ in Answer(conversation, SamplingParams()).run(llm):
                     pass
             assert conversation.turns.pop().content == text, "nothing was added"
 
