@@ -68,6 +68,27 @@ def test_stop_ends_the_request_in_the_engine_and_keeps_what_was_written(
     assert chat.ask("Say hello.")
 
 
+def test_opening_another_conversation_ends_the_answer_and_keeps_what_was_written(
+    chat: browser.ChatTab, engines: Engines
+) -> None:
+    chat.set_number("Most tokens", 4096)
+    chat.begin(LONG)
+    expect(chat.answers.last).to_contain_text(re.compile(r"\w+"))
+    chat.page.get_by_role("button", name="New chat").click()
+    expect(chat.questions).to_have_count(0)
+    expect(chat.send).to_be_visible()
+    nothing_runs(engines)
+    chat.set_number("Most tokens", 16)
+    chat.ask("Say hello.")
+    expect(chat.questions).to_have_text("Say hello.")
+    for _ in range(2):  # from the session, then from the browser's storage
+        chat.pick("Write a long story")
+        expect(chat.answers.last).to_contain_text("Stopped.")
+        chat.page.reload()
+        chat.settled()
+        expect(chat.answers.last).to_contain_text("Stopped.")
+
+
 def test_closing_the_tab_ends_the_request_in_the_engine(new_chat: New, engines: Engines) -> None:
     tab = new_chat()
     tab.set_number("Most tokens", 8192)

@@ -68,6 +68,17 @@ def test_it_streams_and_stop_ends_the_requests_in_the_engine(tab: browser.Transl
     assert tab.translate("Bonjour à tous.")
 
 
+def test_a_new_translation_ends_the_one_that_is_made(tab: browser.TranslateTab, engines: Engines) -> None:
+    tab.text.fill(LONG)
+    tab.go.click()
+    expect(tab.sentences.first).not_to_have_text("…", timeout=20_000)
+    tab.page.get_by_role("button", name="New translation").click()
+    expect(tab.text).to_have_value("")
+    nothing_runs(engines)
+    assert tab.translate("Bonjour à tous.")
+    expect(tab.sentences).to_have_count(1)
+
+
 def test_another_translation_of_a_sentence_is_one_click_away(tab: browser.TranslateTab) -> None:
     before = tab.translate(FRENCH)
     tab.sentences.nth(1).click()
