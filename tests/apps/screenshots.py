@@ -17,7 +17,7 @@ from PIL import Image
 from playwright.sync_api import Page
 
 DOCS = Path(__file__).parents[2] / "docs"
-SIZE = (1120, 720)
+SIZE = (1120, 790)
 LARGEST = 150_000
 
 
