@@ -22,8 +22,8 @@ ROOM_SHARE = 4
 CHARACTERS_PER_TOKEN = 16
 """A message with more characters for each token of the model's length is refused without being read: it cannot fit."""
 SECONDS_BETWEEN_SHOWS = 0.1
-"""The page is told that often. Where the browser runs on the same two cores as the model, each time costs tokens: of 220 a
-second, about 110 were left at 0.06 s, 140 at 0.12."""
+"""The page is told that often. Where browser and model share two cores, each time costs tokens: of 220
+a second, about 110 were left at 0.06 s, 140 at 0.12."""
 SECONDS_BETWEEN_STATS = 0.25
 
 
