@@ -33,8 +33,8 @@ History = dict[str, Translation]
 
 APP = "translate"
 """Names its entries in the browser's storage."""
-CHOICES = 4
-"""Alternatives of a sentence."""
+CHOICES = 5
+"""Beams that are searched for a sentence; each that says something else is offered."""
 
 def translate_blocks(model: str = DEFAULT_MODEL, **settings: Any) -> gr.Blocks:
     """The translation app as Gradio blocks. Arguments are those of `LLM` (`ConfigError`); nothing is loaded before the

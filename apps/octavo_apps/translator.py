@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Protocol
 
 from octavo.async_llm import AsyncLLM
@@ -27,7 +26,7 @@ class Translator(Protocol):
         """Pieces of the translation. Closing the generator ends the request. Raises `OctavoError`."""
 
     async def alternatives(self, sentence: str, source: Language, target: Language, count: int) -> list[str]:
-        """Up to `count` other translations, the best first, none twice. Raises `OctavoError`."""
+        """Up to `count` translations that a beam search finds, the best first, none twice. Raises `OctavoError`."""
 
 
 class ChatTranslator:
@@ -42,7 +41,8 @@ class ChatTranslator:
     async def stream(self, sentence: str, source: Language, target: Language) -> AsyncGenerator[str]:
         prompt = self._prompt(sentence, source, target)
         started = False
-        stream = await self._llm.begin(prompt, self._params(sentence, SamplingParams(temperature=0)))
+        params = SamplingParams(temperature=0, max_tokens=self._most(sentence), stop=["\n\n"])
+        stream = await self._llm.begin(prompt, params)
         async with aclosing(stream):
             async for piece in stream:
                 text = piece.text if started else piece.text.lstrip()
@@ -52,9 +52,13 @@ class ChatTranslator:
 
     async def alternatives(self, sentence: str, source: Language, target: Language, count: int) -> list[str]:
         prompt = self._prompt(sentence, source, target)
-        params = self._params(sentence, SamplingParams(temperature=0.9, top_p=0.9, n=count))
+        params = SamplingParams(
+            use_beam_search=True, beam_width=count, n=count, temperature=0, max_tokens=self._most(sentence),
+            length_penalty=0.0,  # or the longest would win: translations with remarks about them
+        )  # fmt: skip
         (output,) = await self._llm.generate([prompt], params)
-        return list(dict.fromkeys(filter(None, (one.text.strip() for one in output.outputs))))
+        found = (" ".join(one.text.strip().partition("\n\n")[0].split()) for one in output.outputs)
+        return list(dict.fromkeys(filter(None, found)))
 
     def _prompt(self, sentence: str, source: Language, target: Language) -> dict[str, object]:
         asked = (
@@ -67,6 +71,7 @@ class ChatTranslator:
         prompt = self._llm.chat_prompt(messages, {})["prompt"]
         return {"prompt_token_ids": self._llm.tokenizer.encode(prompt, add_special_tokens=False)}
 
-    def _params(self, sentence: str, params: SamplingParams) -> SamplingParams:
+    def _most(self, sentence: str) -> int:
+        """Tokens that a translation may have."""
         tokens = len(self._llm.tokenizer.encode(sentence, add_special_tokens=False))
-        return replace(params, max_tokens=LEAST_TOKENS + TOKENS_PER_TOKEN * tokens, stop=["\n\n"])
+        return LEAST_TOKENS + TOKENS_PER_TOKEN * tokens
