@@ -19,7 +19,7 @@ def test_the_page_is_served_on_loopback_and_ctrl_c_ends_it(app: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "octavo.cli", "app", app, "--no-browser", "--port", str(port)]
+    command = [sys.executable, "-m", "octavo", "app", app, "--no-browser", "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
