@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RUNTIME, KERNELS = ROOT / "runtime" / "octavo", ROOT / "kernels" / "octavo_kernels"
-INTEGRATIONS = ROOT / "integrations"
+INTEGRATIONS, APPS = ROOT / "integrations", ROOT / "apps"
 HEAVY = ("torch", "transformers", "tokenizers", "triton", "numpy", "huggingface_hub", "jinja2", "rich", "typer")
 
 
@@ -112,6 +112,15 @@ def test_arrows_between_the_floors_only_go_down() -> None:
         assert module not in above, f"{path} imports {module}"
 
 
+def test_what_the_apps_import_is_declared(project: dict[str, Any]) -> None:
+    named = {"docx": "python-docx", "starlette": "gradio", "markdown_it": "markdown-it-py", "lxml": "python-docx"}
+    requirements = [*project["dependencies"], *project["optional-dependencies"]["apps"]]
+    declared = {name_of(requirement) for requirement in requirements} | {"octavo", "octavo_apps"}
+    for path, module in imported(APPS / "octavo_apps"):
+        known = module in sys.stdlib_module_names or named.get(module, module) in declared
+        assert known, f"{path} imports {module}"
+
+
 def test_no_pickle_is_read_but_as_tensors() -> None:
     for path, module in imported(RUNTIME):
         assert module not in {"pickle", "dill", "joblib", "shelve", "marshal"}, path
@@ -146,7 +155,7 @@ def test_the_wheel_has_all_of_the_packages_and_nothing_else(built: tuple[Path, P
     folder = next(name for name in names if name.endswith("/METADATA")).partition("/")[0]
     code = {name for name in names if not name.startswith(folder)}
     wanted = {
-        str(path.relative_to(floor)) for floor in (RUNTIME.parent, KERNELS.parent, INTEGRATIONS)
+        str(path.relative_to(floor)) for floor in (RUNTIME.parent, KERNELS.parent, INTEGRATIONS, APPS)
         for path in floor.rglob("*") if path.is_file() and path.suffix != ".pyc"
     }  # fmt: skip
     assert code == wanted
@@ -215,7 +224,7 @@ def test_the_lock_has_every_dependency_at_one_version(project: dict[str, Any]) -
     assert len(pinned) == len(lines), "a package is named twice"
     assert all("==" in line for line in lines)
     extras = project["optional-dependencies"]
-    for requirement in [*project["dependencies"], *extras["bench"], *extras["dev"]]:
+    for requirement in [*project["dependencies"], *extras["apps"], *extras["bench"], *extras["dev"]]:
         assert name_of(requirement) in pinned, requirement
     assert pinned["torch"] == "torch==2.13.0", "a local version (+cpu) would not install on a GPU machine"
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from octavo.cli.apps import apps
 from octavo.cli.bench import bench
 from octavo.cli.chat import chat
 from octavo.cli.demo import demo
@@ -62,6 +63,7 @@ app = typer.Typer(
 for command in (chat, generate, translate, demo, bench, env):
     app.command(help=paragraphs(command.__doc__))(command)
 app.add_typer(models, name="models")
+app.add_typer(apps, name="app")
 
 
 def _show_version(wanted: bool) -> None:

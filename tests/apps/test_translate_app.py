@@ -1,0 +1,242 @@
+"""The translation app, used by a person: a real browser, the real default model. What the model says is not judged: it
+is a chat model of 135M parameters, asked by a prompt."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import browser
+import docx
+import pytest
+import srt
+from conftest import Fault, nothing_runs, stats
+from octavo_apps.engines import Engines
+from playwright.sync_api import expect
+
+New = Callable[..., browser.TranslateTab]
+FRENCH = "Bonjour à tous. Le chat est sur la table.\n\nIl fait beau aujourd'hui, n'est-ce pas ?"
+LONG = " ".join(f"Le train numéro {number} part de la gare à midi et demi." for number in range(300))
+
+
+@pytest.fixture
+def tab(new_translate: New) -> Iterator[browser.TranslateTab]:
+    """Nothing may be asked of another host, and no script may fail."""
+    tab = new_translate()
+    yield tab
+    assert len(tab.requests) > 5, "no request was recorded"
+    assert tab.outside == []
+    assert tab.errors == []
+
+
+def test_a_text_is_detected_and_translated_sentence_by_sentence(tab: browser.TranslateTab, engines: Engines) -> None:
+    sentences = tab.translate(FRENCH)
+    assert len(sentences) == 3
+    assert all(sentence not in ("", "…") for sentence in sentences)
+    expect(tab.result).to_contain_text("French (detected) to German")
+    assert "\n\n" in tab.result.locator(".body").inner_text(), "paragraphs stay"
+    assert stats(engines).largest_batch >= 3, "the sentences were not translated in one batch"
+    nothing_runs(engines)
+
+
+def test_languages_are_searched_and_swapped(tab: browser.TranslateTab) -> None:
+    tab.page.get_by_role("button", name="Swap").click()
+    expect(tab.notice).to_contain_text("Choose a language to swap with")
+    tab.choose("To", "English")
+    sentences = tab.translate("Le chat est sur la table.")
+    tab.page.get_by_role("button", name="Swap").click()
+    expect(tab.language("From")).to_have_value("English")
+    expect(tab.language("To")).to_have_value("French")
+    expect(tab.text).to_have_value(sentences[0])
+    tab.choose("From", "Swedish")
+    expect(tab.language("From")).to_have_value("Swedish")
+
+
+def test_it_streams_and_stop_ends_the_requests_in_the_engine(tab: browser.TranslateTab, engines: Engines) -> None:
+    tab.text.fill(LONG)
+    tab.go.click()
+    expect(tab.stop).to_be_visible(timeout=20_000)
+    expect(tab.sentences.first).not_to_have_text("…", timeout=20_000)
+    expect(tab.sentences.last).to_have_text("…")
+    running = stats(engines).running
+    assert 1 < running <= 16, "they do not share a batch"
+    tab.stop.click()
+    expect(tab.notice).to_have_text("Stopped.")
+    nothing_runs(engines)
+    assert tab.translate("Bonjour à tous.")
+
+
+def test_a_new_translation_ends_the_one_that_is_made(tab: browser.TranslateTab, engines: Engines) -> None:
+    tab.text.fill(LONG)
+    tab.go.click()
+    expect(tab.sentences.first).not_to_have_text("…", timeout=20_000)
+    tab.page.get_by_role("button", name="New translation").click()
+    expect(tab.text).to_have_value("")
+    nothing_runs(engines)
+    assert tab.translate("Bonjour à tous.")
+    expect(tab.sentences).to_have_count(1)
+
+
+def test_another_translation_of_a_sentence_is_one_click_away(tab: browser.TranslateTab) -> None:
+    before = tab.translate(FRENCH)
+    tab.sentences.nth(1).click()
+    group = tab.page.get_by_role("group", name=re.compile("Le chat est sur la table"))
+    expect(group).to_be_visible(timeout=30_000)
+    choices = group.get_by_role("radio")
+    assert choices.count() > 1
+    assert choices.first.is_checked()
+    group.locator("label").last.click()
+    expect(tab.sentences.nth(1)).not_to_have_text(before[1])
+    after = tab.sentences.all_inner_texts()
+    assert [after[0], after[2]] == [before[0], before[2]]
+
+
+def test_history_survives_a_reload_and_can_be_deleted(tab: browser.TranslateTab) -> None:
+    first = tab.translate("Bonjour à tous.")
+    tab.page.get_by_role("button", name="New translation").click()
+    expect(tab.text).to_have_value("")
+    tab.translate("Le chat est sur la table.")
+    tab.page.reload()
+    tab.settled()
+    expect(tab.text).to_have_value("Le chat est sur la table.")
+    tab.pick("Bonjour à tous.")
+    expect(tab.text).to_have_value("Bonjour à tous.")
+    expect(tab.sentences.first).to_have_text(first[0])
+    tab.page.get_by_role("button", name="Delete").click()
+    expect(tab.page.get_by_role("radio")).to_have_count(1)
+    tab.page.reload()
+    tab.settled()
+    expect(tab.page.get_by_role("radio")).to_have_count(1)
+
+
+SUBTITLES = "1\n00:00:01,000 --> 00:00:02,500\n<i>Bonjour à tous.</i>\n\n2\n00:00:03,000 --> 00:00:04,000\nMerci !\n"
+
+
+def word_file(path: Path) -> Path:
+    document = docx.Document()
+    document.add_heading("Le titre", 1)
+    document.add_paragraph("Le chat est sur la table.").runs[0].bold = True
+    document.save(str(path))
+    return path
+
+
+def test_files_are_uploaded_translated_and_downloaded(tab: browser.TranslateTab, tmp_path: Path) -> None:
+    tab.page.get_by_role("tab", name="File").click()
+    (tmp_path / "film.srt").write_text(SUBTITLES)
+    for path in (tmp_path / "film.srt", word_file(tmp_path / "lettre.docx")):
+        if tab.page.get_by_label("Clear").or_(tab.page.get_by_label("Remove this file")).first.is_visible():
+            tab.page.get_by_label("Clear").or_(tab.page.get_by_label("Remove this file")).first.click()
+        tab.page.locator("#file input[type=file]").set_input_files(path)
+        expect(tab.page.locator("#file")).to_contain_text(path.stem)
+        tab.page.get_by_role("button", name="Translate file").click()
+        download = tab.page.locator("#download")
+        expect(download).to_contain_text(f"{path.stem}.de{path.suffix}", timeout=60_000)
+        expect(tab.page.locator("progress")).to_have_attribute("value", "2")
+        with tab.page.expect_download() as arrived:
+            download.click()
+        assert arrived.value.suggested_filename == f"{path.stem}.de{path.suffix}"
+        arrived.value.save_as(tmp_path / "out")
+        data = (tmp_path / "out").read_bytes()
+        if path.suffix == ".srt":
+            one, two = srt.parse(data.decode())
+            assert [str(one.start), str(one.end), str(two.start)] == ["0:00:01", "0:00:02.500000", "0:00:03"]
+            assert re.fullmatch(r"<i>.+</i>", one.content)
+        else:
+            heading, paragraph = docx.Document(io.BytesIO(data)).paragraphs
+            assert heading.style.name == "Heading 1"
+            assert paragraph.runs[0].bold
+            assert paragraph.text
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("a.pdf", b"%PDF-1.7 text", "cannot be translated: files of these kinds can: .docx, .md, .srt, .txt"),
+        ("broken.docx", b"PK\x03\x04 broken", "is broken, or no Word document"),
+        ("empty.txt", b" \n", "has no text in it"),
+    ],
+)
+def test_bad_files_are_a_sentence(tab: browser.TranslateTab, tmp_path: Path, name: str, data: bytes, says: str) -> None:
+    tab.page.get_by_role("tab", name="File").click()
+    tab.page.get_by_role("button", name="Translate file").click()
+    expect(tab.notice).to_have_text("Choose a file first.")
+    (tmp_path / name).write_bytes(data)
+    tab.page.locator("#file input[type=file]").set_input_files(tmp_path / name)
+    expect(tab.page.locator("#file")).to_contain_text(name.split(".")[0])
+    tab.page.get_by_role("button", name="Translate file").click()
+    expect(tab.notice).to_contain_text(says)
+
+
+def test_bad_texts_are_a_sentence_and_the_next_one_works(tab: browser.TranslateTab) -> None:
+    tab.go.click()
+    expect(tab.notice).to_have_text("Write a text first.")
+    tab.text.fill("12 345 !")
+    tab.go.click()
+    expect(tab.notice).to_contain_text("no letters", timeout=20_000)
+    tab.text.fill("Das ist ein deutscher Satz, und er ist es auch nach einer Weile noch.")
+    tab.go.click()
+    expect(tab.notice).to_contain_text("in German already", timeout=20_000)
+    tab.text.fill("Энэ бол монгол хэл дээр бичигдсэн өгүүлбэр бөгөөд манай загвар энэ хэлийг мэдэхгүй.")
+    tab.go.click()
+    expect(tab.notice).to_contain_text("a language that the model lacks (mn)")
+    tab.page.evaluate(
+        """() => { const area = document.querySelector('#source textarea'); area.value = 'mot '.repeat(2500000);
+                   area.dispatchEvent(new Event('input', {bubbles: true})); }"""
+    )
+    tab.go.click()
+    expect(tab.notice).to_contain_text("This text has 10,000,000 characters", timeout=60_000)
+    assert tab.translate("Bonjour à tous.")
+    expect(tab.notice).to_have_count(0)
+
+
+def test_a_model_that_fails_in_the_middle_is_a_sentence_and_the_next_text_works(
+    tab: browser.TranslateTab, engines: Engines, fault: Fault
+) -> None:
+    tab.text.fill(LONG)
+    tab.go.click()
+    expect(tab.sentences.first).not_to_have_text("…", timeout=20_000)
+    fault.begin()
+    expect(tab.notice).to_contain_text("the model is broken", timeout=20_000)
+    fault.end()
+    nothing_runs(engines)
+    assert tab.translate("Bonjour à tous.")
+    expect(tab.notice).to_have_count(0)
+
+
+def test_by_keyboard_alone(tab: browser.TranslateTab) -> None:
+    page = tab.page
+    expect(tab.text).to_be_focused()
+    page.keyboard.type("Bonjour à tous.")
+    page.keyboard.press("Tab")
+    for _ in range(30):
+        if page.evaluate("document.activeElement.innerText") == "Translate":
+            break
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(tab.result).to_have_attribute("aria-busy", "false", timeout=60_000)
+    for _ in range(40):
+        page.keyboard.press("Shift+Tab")
+        if page.evaluate("'sentence' in document.activeElement.dataset"):
+            break
+    page.keyboard.press("Enter")
+    expect(page.locator("#alternatives")).to_be_visible(timeout=30_000)
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll('button, input, textarea, [role=button], a[href]')]
+            .filter(e => e.offsetParent && !(e.innerText || e.getAttribute('aria-label') || e.title ||
+                         (e.labels && e.labels.length && e.labels[0].innerText)))
+            .map(e => e.outerHTML.slice(0, 200))"""
+    )
+    assert nameless == []
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_on_a_phone_nothing_scrolls_sideways(new_translate: New, dark: bool) -> None:
+    tab = new_translate(size=browser.PHONE, dark=dark)
+    assert tab.sideways() == 0
+    tab.translate("Bonjour à tous. " + "longueur" * 30)
+    assert tab.sideways() == 0
+    tab.page.get_by_role("tab", name="File").click()
+    assert tab.sideways() == 0
+    assert tab.outside == []
