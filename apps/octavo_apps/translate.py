@@ -25,7 +25,7 @@ from octavo_apps.translate_checks import OPEN, check_text, languages_of, loading
 from octavo_apps.translate_file import FileTab
 from octavo_apps.translate_view import CLICKED, shown
 from octavo_apps.translation import Run, Translation
-from octavo_apps.translator import ChatTranslator, Translator
+from octavo_apps.translator import Translator, translator_of
 
 logger = logging.getLogger("octavo")
 
@@ -45,7 +45,7 @@ def translate_blocks(model: str = DEFAULT_MODEL, **settings: Any) -> gr.Blocks:
 class TranslatePage:
     """The page and its events."""
 
-    def __init__(self, engines: Engines, translator: Callable[[AsyncLLM], Translator] = ChatTranslator) -> None:
+    def __init__(self, engines: Engines, translator: Callable[[AsyncLLM], Translator] = translator_of) -> None:
         self.engines, self.translator = engines, translator
         self.running: dict[str, Run] = {}  # by session
         self.blocks: gr.Blocks = gr.Blocks(title="Octavo translate", analytics_enabled=False)

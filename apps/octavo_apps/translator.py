@@ -1,12 +1,14 @@
-"""What the translation app asks of a model: `Translator`, and the one that asks a chat model by a prompt."""
+"""What the translation app asks of a model: `Translator`, and who answers it. `translator_of` chooses: a model that was
+made to translate is asked by `AsyncLLM.translate`, one that chats by a prompt."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Protocol
+from typing import Any, Protocol
 
 from octavo.async_llm import AsyncLLM
+from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
 
 from octavo_apps.languages import ALL, Language
@@ -27,6 +29,39 @@ class Translator(Protocol):
 
     async def alternatives(self, sentence: str, source: Language, target: Language, count: int) -> list[str]:
         """Up to `count` translations that a beam search finds, the best first, none twice. Raises `OctavoError`."""
+
+
+def translator_of(llm: AsyncLLM) -> Translator:
+    return ChatTranslator(llm) if llm.engine.scheme is None else ModelTranslator(llm)
+
+
+class ModelTranslator:
+    """By a translation model."""
+
+    def __init__(self, llm: AsyncLLM) -> None:
+        self._llm = llm
+
+    def languages(self) -> Sequence[Language]:
+        scheme = self._llm.engine.scheme
+        return ALL if scheme is None else [language for language in ALL if scheme.knows(language.code)]
+
+    async def stream(self, sentence: str, source: Language, target: Language) -> AsyncGenerator[str]:
+        pieces = self._llm.translate_stream(
+            sentence, source=source.code, target=target.code, sampling_params=self._params(sentence)
+        )
+        async for piece in pieces:
+            yield piece
+
+    async def alternatives(self, sentence: str, source: Language, target: Language, count: int) -> list[str]:
+        params = self._params(sentence, use_beam_search=True, beam_width=count, n=count)
+        (output,) = await self._llm.translate(
+            [sentence], source=source.code, target=target.code, sampling_params=params
+        )
+        return _different(output.sentences[:1])
+
+    def _params(self, sentence: str, **search: Any) -> SamplingParams:
+        tokens = len(self._llm.tokenizer.encode(sentence, add_special_tokens=False))
+        return SamplingParams(temperature=0, max_tokens=LEAST_TOKENS + TOKENS_PER_TOKEN * tokens, **search)
 
 
 class ChatTranslator:
@@ -56,9 +91,7 @@ class ChatTranslator:
             use_beam_search=True, beam_width=count, n=count, temperature=0, max_tokens=self._most(sentence),
             length_penalty=0.0,  # or the longest would win: translations with remarks about them
         )  # fmt: skip
-        (output,) = await self._llm.generate([prompt], params)
-        found = (" ".join(one.text.strip().partition("\n\n")[0].split()) for one in output.outputs)
-        return list(dict.fromkeys(filter(None, found)))
+        return _different(await self._llm.generate([prompt], params))
 
     def _prompt(self, sentence: str, source: Language, target: Language) -> dict[str, object]:
         asked = (
@@ -75,3 +108,9 @@ class ChatTranslator:
         """Tokens that a translation may have."""
         tokens = len(self._llm.tokenizer.encode(sentence, add_special_tokens=False))
         return LEAST_TOKENS + TOKENS_PER_TOKEN * tokens
+
+
+def _different(outputs: Sequence[RequestOutput]) -> list[str]:
+    """The texts of all outputs without what came after a blank line, none twice."""
+    found = (" ".join(one.text.strip().partition("\n\n")[0].split()) for output in outputs for one in output.outputs)
+    return list(dict.fromkeys(filter(None, found)))

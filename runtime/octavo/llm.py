@@ -227,9 +227,9 @@ class LLM(Client):
 
         source, target: languages by English name ("French"), ISO 639 code ("fr", "fra"), tag ("pt-BR") or FLORES-200
         code ("fra_Latn"). A model of one pair needs neither. beam_width: of a search; None takes the most likely
-        token each time. max_tokens: of a sentence. sampling_params: instead of these two.
-        stream: yield one text in pieces, a sentence each, as they are done, in order. use_tqdm: a bar over
-        sentences. return_exceptions: as for `generate`.
+        token each time. max_tokens: of a sentence. sampling_params: instead of these two; with `n` above 1 the
+        `sentences` of an output have other translations too. stream: yield one text in pieces, a sentence each, as they
+        are done, in order. use_tqdm: a bar over sentences. return_exceptions: as for `generate`.
 
         Raises `RequestError`; for an unknown language it suggests the nearest.
         """

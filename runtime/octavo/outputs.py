@@ -112,7 +112,8 @@ class TranslationOutput:
     text: str
     original: str
     sentences: list[RequestOutput]
-    """Of each part that was translated by itself, with its tokens and timings."""
+    """Of each part that was translated by itself, with its tokens and timings. With `n` above 1 each has further
+    outputs, other translations of it; `text` is made of the first."""
 
     @property
     def truncated(self) -> bool:

@@ -132,6 +132,26 @@ def test_texts_keep_their_shape(engines: Any) -> None:
     assert len(list(llm.translate(text, max_tokens=5, stream=True))) == 3
 
 
+def test_other_translations_of_each_sentence(engines: Any) -> None:
+    params = SamplingParams(use_beam_search=True, beam_width=4, n=3, max_tokens=5)
+    (output,) = engines("marian").translate("The fox runs. It jumps!", sampling_params=params)
+    (best,) = engines("marian").translate("The fox runs. It jumps!", beam_width=4, max_tokens=5)
+    assert output.text == best.text
+    for sentence in output.sentences:
+        assert len({tuple(found.token_ids) for found in sentence.outputs}) == 3
+        scores = [found.score for found in sentence.outputs]
+        assert scores == sorted(scores, reverse=True)
+
+
+def test_which_languages_a_model_knows(made: Any) -> None:
+    known = {kind: [code for code in ("en", "de", "eu") if made(kind)[3].knows(code)] for kind in KINDS}
+    everything = ["en", "de", "eu"]
+    assert known["m2m100"] == known["marian"] == ["en", "de"]
+    assert known["nllb"] == everything
+    assert known["marian-many"] == known["t5"] == known["madlad"] == everything
+    assert not made("nllb")[3].knows("no language")
+
+
 def test_sentences_longer_than_the_model_reads_are_cut(engines: Any) -> None:
     llm = engines("marian")
     text = "fox dog " * 200 + "end." + "\n"

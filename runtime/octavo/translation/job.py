@@ -153,8 +153,6 @@ def _params(
     params = given or SamplingParams(
         temperature=0.0, max_tokens=tokens, use_beam_search=beam_width is not None, beam_width=beam_width
     )
-    if params.choices > 1:
-        raise RequestError("a text has one translation: leave n and best_of out", "n")
     client.engine.check_generates()
     return params
 

@@ -95,6 +95,11 @@ class Languages:
         self.codes = tuple(codes)
         self._parsed = [(code, parsed) for code in self.codes if (parsed := Language.of(code)) is not None]
 
+    def has(self, name: str) -> bool:
+        """`find` would find it."""
+        wanted = _parse(name)
+        return wanted is not None and any(wanted.fit(parsed) for _, parsed in self._parsed)
+
     def find(self, name: object, field: str) -> str:
         """The model's code for what a user typed. Raises `RequestError`."""
         if isinstance(name, str):

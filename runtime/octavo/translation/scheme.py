@@ -34,6 +34,10 @@ class Scheme(ABC):
         """The model's codes for what a user typed; None: was not given. Raises `RequestError` for a language that the
         model does not know, and for one that it must be told."""
 
+    @abstractmethod
+    def knows(self, language: str) -> bool:
+        """It translates from this language or to it, as far as can be told."""
+
     def source_ids(self, text: str, source: str | None = None, target: str | None = None) -> list[int]:
         """What the encoder reads."""
         return self._ended(self.tokenizer.encode(text))
@@ -68,6 +72,9 @@ class LanguageTokens(Scheme):
             raise RequestError("this model must be told the source language", "source")
         return found, self._languages.find(target, "target")
 
+    def knows(self, language: str) -> bool:
+        return self._languages.has(language)
+
     def source_ids(self, text: str, source: str | None = None, target: str | None = None) -> list[int]:
         ids, end = self.tokenizer.encode(text, add_special_tokens=False), self.config.eos_token_ids[0]
         code = source or self.default
@@ -94,6 +101,9 @@ class TargetPrefix(Scheme):
         code = None if source is None else parse(source, "source").code  # only sentences are cut by it
         return code, self._languages.find(target, "target")
 
+    def knows(self, language: str) -> bool:
+        return True  # of its sources nothing is written
+
     def source_ids(self, text: str, source: str | None = None, target: str | None = None) -> list[int]:
         return super().source_ids(text if target is None else f"{self.prefixes[target]} {text}")
 
@@ -114,6 +124,9 @@ class Pair(Scheme):
                 raise RequestError(f"this model translates from {names}, and {field} is {given!r}", field)
         return self.pair[0] or None, self.pair[1] or None
 
+    def knows(self, language: str) -> bool:
+        return not all(self.pair) or Languages(self.pair).has(language)
+
 
 class Instruction(Scheme):
     """T5 and what was trained from it: told in English, as T5 was."""
@@ -123,6 +136,9 @@ class Instruction(Scheme):
             if given is None:
                 raise RequestError(f"this model must be told the {field} language", field)
         return _tag(source, "source"), _tag(target, "target")
+
+    def knows(self, language: str) -> bool:
+        return True
 
     def source_ids(self, text: str, source: str | None = None, target: str | None = None) -> list[int]:
         if source is not None and target is not None:
