@@ -283,7 +283,9 @@ def test_languages_by_any_name(name: str, code: str) -> None:
             NLLB.find(name, "target")
 
 
-@pytest.mark.parametrize(("name", "near"), [("Franch", "French"), ("Portuguesse", "Portuguese"), ("fra_Latinn", "Latin")])
+@pytest.mark.parametrize(
+    ("name", "near"), [("Franch", "French"), ("Portuguesse", "Portuguese"), ("fra_Latinn", "Latin")]
+)
 def test_an_unknown_language_is_an_error_with_the_nearest(name: str, near: str) -> None:
     with pytest.raises(RequestError, match=near) as caught:
         NLLB.find(name, "target")
