@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from octavo_kernels import forbid_tokens, gumbel_sample, top_k_top_p_min_p
 
 from octavo.decode.row import RowSampling
-from octavo.execute.rows import highest, log_softmax, most_likely
+from octavo.execute.rows import highest, log_softmax, log_sums, most_likely
 from octavo.execute.table import FLOATS, RowTable
 from octavo.execute.transfer import to_device
 
@@ -154,12 +154,20 @@ class Sampler:
     def search(self, batch: SampledRows, scores: list[float], keep: int) -> Sampled:
         """The `keep` best next tokens of beams: `scores` [S] are added to the log-probabilities of theirs. Processors
         and penalties change log-probabilities here, not logits, as in transformers' beam search."""
-        logprobs = log_softmax(batch.logits)
-        self._process(logprobs, batch.sampling, batch.host_rows, batch.lengths)
-        self._penalise(logprobs, batch.rows, batch.sampling, batch.lengths)
-        best, tokens = highest(logprobs, min(keep, logprobs.shape[1]))
-        sums = best + self.table.send(scores, torch.float32)[:, None]
-        candidates = DeviceCandidates(tokens, sums, list(range(len(scores))))
+        values, sums = batch.logits, None
+        if any(row.penalised for row in batch.sampling):
+            values = log_softmax(values)
+            self._process(values, batch.sampling, batch.host_rows, batch.lengths)
+            self._penalise(values, batch.rows, batch.sampling, batch.lengths)
+        else:  # what processors forbid or add is the same in logits, and the sum is taken off a few of them
+            sums = log_sums(values)
+            if not all(row.plain for row in batch.sampling):
+                values = values.float()
+                self._process(values, batch.sampling, batch.host_rows, batch.lengths)
+        best, tokens = highest(values, min(keep, values.shape[1]))
+        logprobs = best if sums is None else best.float() - sums[:, None]
+        reached = logprobs + self.table.send(scores, torch.float32)[:, None]
+        candidates = DeviceCandidates(tokens, reached, list(range(len(scores))))
         return Sampled(torch.zeros_like(batch.rows), None, [], candidates)
 
     def _process(

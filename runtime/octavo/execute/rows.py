@@ -10,6 +10,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+SPAN = 512
+"""Of 128 rows of 256206 bfloat16 logits the largest of each 512 take 5 ms, of each 128 21 ms."""
+
 
 def _on_host(values: torch.Tensor) -> bool:
     return values.device.type == "cpu" and values.dtype == torch.float32
@@ -48,14 +51,58 @@ def log_softmax(logits: torch.Tensor) -> torch.Tensor:
     return result
 
 
+def log_sums(logits: torch.Tensor) -> torch.Tensor:
+    """[S, V] -> [S] float32: what `log_softmax` takes off each row. On the CPU one row is in float32 at a time, and
+    numpy works on it: 128 rows of 256206 bfloat16 logits take 40 ms, `log_softmax` row by row 580 on cores that others
+    use too, because operators that are shared out among threads then wait for each other."""
+    if logits.device.type != "cpu":
+        return torch.logsumexp(logits.float(), dim=-1)
+    if logits.dtype != torch.bfloat16:
+        logits = logits.float()
+    size = logits.shape[1]
+    work, sums = np.empty(size, dtype=np.float32), np.empty(len(logits), dtype=np.float32)
+    whole = _on_host(logits)
+    rows = logits.numpy() if whole else logits.contiguous().view(torch.int16).numpy().view(np.uint16)
+    for number, row in enumerate(rows):
+        if not whole:  # a bfloat16 is the upper half of a float32
+            np.left_shift(row, 16, out=work.view(np.uint32), dtype=np.uint32)
+            row = work
+        top = row.max()
+        with np.errstate(invalid="ignore"):  # of a row that is broken, which is found elsewhere
+            np.subtract(row, top, out=work)
+            sums[number] = top + np.log(np.exp(work, out=work).sum())
+    return torch.from_numpy(sums)
+
+
 def highest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[S, V] -> the highest `count` of each row in order, [S, count], and their places. On the CPU row by row too:
-    steps of four beams of the default model take 7 ms then, not 14."""
-    if values.device.type != "cpu":
+    """[S, V] -> the highest `count` of each row in order, [S, count], and their places. On the CPU the largest of each
+    `SPAN` first: the highest lie in the `count` spans that have the largest. 128 rows of 256206 take 7 ms on 2 cores in
+    bfloat16, `topk` 43."""
+    spans = values.shape[1] // SPAN
+    if values.device.type != "cpu" or spans <= count:
         best, places = values.topk(count, dim=1)
         return best, places
-    rows = [row.topk(count) for row in values]
-    return torch.stack([found.values for found in rows]), torch.stack([found.indices for found in rows])
+    if _on_host(values):
+        rows = [_highest_of(row, count) for row in values.numpy()]
+        return torch.from_numpy(np.stack([row for row, _ in rows])), torch.from_numpy(np.stack([at for _, at in rows]))
+    whole = values[:, : spans * SPAN].view(len(values), spans, SPAN)
+    chosen = whole.amax(dim=2).topk(count, dim=1).indices[:, :, None]
+    found = whole.gather(1, chosen.expand(-1, -1, SPAN)).flatten(1)
+    at = (chosen * SPAN + torch.arange(SPAN)).flatten(1)
+    rest = torch.arange(spans * SPAN, values.shape[1]).expand(len(values), -1)
+    best, places = torch.cat([found, values[:, spans * SPAN :]], dim=1).topk(count, dim=1)
+    return best, torch.cat([at, rest], dim=1).gather(1, places)
+
+
+def _highest_of(row: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    spans = len(row) // SPAN
+    largest = row[: spans * SPAN].reshape(spans, SPAN).max(axis=1)
+    chosen = np.argpartition(largest, spans - count)[spans - count :]
+    at = np.concatenate([(chosen[:, None] * SPAN + np.arange(SPAN)).ravel(), np.arange(spans * SPAN, len(row))])
+    found = row[at]
+    order = np.argpartition(found, len(found) - count)[len(found) - count :]
+    order = order[np.argsort(-found[order], kind="stable")]
+    return found[order], at[order]
 
 
 def copy_columns(table: torch.Tensor, sources: torch.Tensor, destinations: torch.Tensor) -> None:
