@@ -155,6 +155,7 @@ class TranslateTab(Tab):
         """Search for a language by the beginning of its name, and take it."""
         self.language(label).click()
         self.page.keyboard.type(name)
+        expect(self.page.get_by_role("option").first).to_contain_text(name)  # or Enter would take another
         self.page.keyboard.press("Enter")
         self.page.keyboard.press("Escape")
         expect(self.language(label)).to_have_value(name)
