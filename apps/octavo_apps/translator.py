@@ -49,8 +49,9 @@ class ModelTranslator:
         pieces = self._llm.translate_stream(
             sentence, source=source.code, target=target.code, sampling_params=self._params(sentence)
         )
-        async for piece in pieces:
-            yield piece
+        async with aclosing(pieces):
+            async for piece in pieces:
+                yield piece
 
     async def alternatives(self, sentence: str, source: Language, target: Language, count: int) -> list[str]:
         params = self._params(sentence, use_beam_search=True, beam_width=count, n=count)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Self
@@ -278,7 +278,7 @@ class AsyncLLM(Client):
     async def translate_stream(
         self, text: str, *, source: str | None = None, target: str | None = None, beam_width: int | None = None,
         max_tokens: int | None = None, sampling_params: SamplingParams | None = None, priority: int = 0,
-    ) -> AsyncIterator[str]:  # fmt: skip
+    ) -> AsyncGenerator[str, None]:  # fmt: skip
         """One text in pieces, a sentence each, in order: `async for piece in llm.translate_stream(...)`."""
         job = await self._plan([text], source, target, max_tokens, beam_width, sampling_params)
         if not job.prompts:

@@ -13,6 +13,7 @@ from octavo.engine.registry import Engine
 from octavo.errors import EngineClosedError, RequestError
 from octavo.models.encoder_config import EncoderConfig
 from octavo.outputs import EmbeddingOutput
+from octavo.texts import checked_texts
 
 GROUP = 32
 """Texts that are tokenised at once. The engine works on them while the next are tokenised, and an event loop gets its
@@ -30,7 +31,7 @@ def embed_requests(
     A text that is too long is cut to the model's length, as sentence-transformers does it. Raises `RequestError` that
     names the first bad text, or the prompt, before the first group."""
     prompt = _prompt(engine.encoder, prompt_name)
-    return _groups(engine, prompt, _checked(texts), sink)
+    return _groups(engine, prompt, checked_texts(texts), sink)
 
 
 def _groups(
@@ -64,20 +65,6 @@ def _prompt(shape: EncoderConfig, name: str | None) -> str:
         message = "this model leaves prompts out of its pooling, which is not implemented: leave prompt_name out"
         raise RequestError(message, "prompt_name")
     return prompt
-
-
-def _checked(texts: object) -> list[str]:
-    batch = [texts] if isinstance(texts, str) else texts
-    if isinstance(batch, bytes) or not isinstance(batch, Sequence):
-        raise RequestError(f"texts must be a string or a list of strings, not {type(texts).__name__}", "texts")
-    for place, text in enumerate(batch):
-        if not isinstance(text, str):
-            raise RequestError(f"text {place} is a {type(text).__name__}, not a string", "texts")
-        try:
-            text.encode()
-        except UnicodeError as error:
-            raise RequestError(f"text {place} has surrogates, which are no text", "texts") from error
-    return list(batch)
 
 
 def output_of(request: EmbedRequest, event: EmbedEvent) -> EmbeddingOutput | BaseException:

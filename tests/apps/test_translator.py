@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,26 @@ async def test_a_translation_model_is_asked_to_translate(tmp_path: Path) -> None
         with pytest.raises(RequestError, match="lacks"):
             await languages_of(TEXT, "en", "eu", translator)
         assert llm.stats().blocks_used == 0
+
+
+async def test_a_translation_that_is_given_up_leaves_the_engine(tmp_path: Path) -> None:
+    m2m100(tmp_path)
+    async with await AsyncLLM.create(str(tmp_path), dtype="float32", num_blocks=200) as llm:
+        stream = ModelTranslator(llm).stream(f"{TEXT} " * 12, BY_CODE["en"], BY_CODE["de"])
+        async with aclosing(stream):
+            first = asyncio.ensure_future(anext(stream))
+            while not (begun := llm.stats()).running:
+                await asyncio.sleep(0)
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+            assert first.cancelled()
+        for _ in range(100):
+            now = llm.stats()
+            if now.running == now.waiting == now.blocks_used == 0:
+                assert now.steps <= begun.steps + 10
+                return
+            await asyncio.sleep(0.05)
+        raise AssertionError(llm.stats())
 
 
 async def test_a_chat_model_is_asked_by_a_prompt() -> None:

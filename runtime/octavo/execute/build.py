@@ -203,15 +203,9 @@ def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig
     gpu = device.type == "cuda"
     backend = TritonAttention if gpu else CpuAttention
     block_size = config.block_size or backend.default_block_size
-    if not gpu and (block_size > KV_PAD or KV_PAD % block_size):
-        raise ConfigError(f"block_size must divide {KV_PAD} on the CPU, not {block_size}", "block_size")
     max_num_seqs = config.max_num_seqs or (256 if gpu else 64)
     max_batched = config.max_num_batched_tokens or (8192 if gpu else 512)
-    if max_batched < max_num_seqs:
-        raise ConfigError(
-            f"max_num_batched_tokens={max_batched} is less than max_num_seqs={max_num_seqs}: every running sequence "
-            "needs a token of the budget", "max_num_batched_tokens",
-        )  # fmt: skip
+    check_limits(device, block_size, max_num_seqs, max_batched)
     fp8_cache = _fp8_cache(config, device)
     block_bytes = 2 * model.num_layers * model.num_kv_heads * block_size * model.head_dim
     block_bytes *= FP8.itemsize if fp8_cache else dtype.itemsize
@@ -235,6 +229,17 @@ def resolve_settings(config: EngineConfig, files: ModelFiles, model: ModelConfig
         device, dtype, block_size, num_blocks, max_len, max_num_seqs, max_batched, 1 if gpu else 0, packing,
         sizes if gpu else None, fp8_cache,
     )  # fmt: skip
+
+
+def check_limits(device: torch.device, block_size: int, max_num_seqs: int, max_batched: int) -> None:
+    """Raises `ConfigError` for numbers that do not go together."""
+    if device.type == "cpu" and (block_size > KV_PAD or KV_PAD % block_size):
+        raise ConfigError(f"block_size must divide {KV_PAD} on the CPU, not {block_size}", "block_size")
+    if max_batched < max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens={max_batched} is less than max_num_seqs={max_num_seqs}: every running sequence "
+            "needs a token of the budget", "max_num_batched_tokens",
+        )  # fmt: skip
 
 
 def choose_device(config: EngineConfig) -> torch.device:

@@ -20,6 +20,7 @@ from octavo.errors import ConfigError, ModelFileError
 from octavo.execute.build import (
     Resolved,
     attention_for,
+    check_limits,
     choose_device,
     choose_dtype,
     limit_torch_threads,
@@ -51,13 +52,9 @@ def resolve_seq2seq(config: EngineConfig, model: Seq2SeqConfig) -> Resolved:
     gpu = device.type == "cuda"
     dtype = choose_dtype(config, model, device)
     block_size = config.block_size or 16
-    if not gpu and (block_size > KV_PAD or KV_PAD % block_size):
-        raise ConfigError(f"block_size must divide {KV_PAD} on the CPU, not {block_size}", "block_size")
     max_num_seqs = config.max_num_seqs or (256 if gpu else 128)  # each beam takes one
     max_batched = config.max_num_batched_tokens or (8192 if gpu else 512)
-    if max_batched < max_num_seqs:
-        message = f"max_num_batched_tokens={max_batched} is less than max_num_seqs={max_num_seqs}"
-        raise ConfigError(f"{message}: every running sequence needs a token of the budget", "max_num_batched_tokens")
+    check_limits(device, block_size, max_num_seqs, max_batched)
     if (config.max_model_len or 0) > model.max_position and not model.relative_buckets:
         message = f"max_model_len={config.max_model_len} exceeds the {model.max_position} positions of the model"
         raise ConfigError(message, "max_model_len")

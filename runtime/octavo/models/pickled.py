@@ -6,7 +6,6 @@ containers and refuses all else, so that nothing in a file can run. Called by `w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ import torch
 
 from octavo.errors import ModelFileError
 from octavo.models.config import read_json
-from octavo.models.weights import Reader, copy_tensor
+from octavo.models.weights import TensorReader
 
 
-class PickledWeights(Reader):
+class PickledWeights(TensorReader):
     """A folder with `pytorch_model.bin`, or with `pytorch_model.bin.index.json` and its shards."""
 
     def __init__(self, folder: Path) -> None:
@@ -36,22 +35,8 @@ class PickledWeights(Reader):
             raise self._missing(name)
         return tuple(self._tensors[name].shape)
 
-    @torch.no_grad()
-    def copy_into(self, name: str, dest: torch.Tensor) -> None:
-        self.check_shape(name, tuple(dest.shape))
-        copy_tensor(self._numbers(name), dest)
-
-    @torch.no_grad()
-    def pieces(self, name: str, rows: int) -> Iterator[torch.Tensor]:
-        self.shape(name)
-        for piece in torch.split(self._numbers(name), rows):
-            yield piece.to(torch.float32, copy=True)
-
-    def _numbers(self, name: str) -> torch.Tensor:
-        tensor = self._tensors[name]
-        if not tensor.is_floating_point():
-            raise ModelFileError(f"holds {tensor.dtype}, not floating-point weights", self.place, name)
-        return tensor
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
 
     def close(self) -> None:
         self._tensors = {}

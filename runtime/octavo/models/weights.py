@@ -114,7 +114,34 @@ class Reader(ABC):
             raise ModelFileError(message, file=self.place, field=name)
 
 
-class SafetensorsWeights(Reader):
+class TensorReader(Reader):
+    """Of files that hold tensors as torch has them."""
+
+    @abstractmethod
+    def tensor(self, name: str) -> torch.Tensor:
+        """One that is there, as it stands in the file."""
+
+    @torch.no_grad()
+    def copy_into(self, name: str, dest: torch.Tensor) -> None:
+        self.check_shape(name, tuple(dest.shape))
+        copy_tensor(self._numbers(name), dest)
+
+    @torch.no_grad()
+    def pieces(self, name: str, rows: int) -> Iterator[torch.Tensor]:
+        self.shape(name)
+        for piece in torch.split(self._numbers(name), rows):
+            yield piece.to(torch.float32, copy=True)
+
+    def _numbers(self, name: str) -> torch.Tensor:
+        source = self.tensor(name)
+        if not source.is_floating_point():
+            raise UnsupportedModelError(
+                f"holds {source.dtype}, not floating-point weights", file=self.place, field=name
+            )
+        return source
+
+
+class SafetensorsWeights(TensorReader):
     """A folder with `model.safetensors`, or with `model.safetensors.index.json` and its shards."""
 
     def __init__(self, folder: Path) -> None:
@@ -170,24 +197,8 @@ class SafetensorsWeights(Reader):
             raise self._missing(name)
         return self._where[name].entries[name].shape
 
-    @torch.no_grad()
-    def copy_into(self, name: str, dest: torch.Tensor) -> None:
-        self.check_shape(name, tuple(dest.shape))
-        copy_tensor(self._numbers(name), dest)
-
-    @torch.no_grad()
-    def pieces(self, name: str, rows: int) -> Iterator[torch.Tensor]:
-        self.shape(name)
-        for piece in torch.split(self._numbers(name), rows):
-            yield piece.to(torch.float32, copy=True)
-
-    def _numbers(self, name: str) -> torch.Tensor:
-        source = self._where[name].tensor(name)
-        if not source.is_floating_point():
-            raise UnsupportedModelError(
-                f"holds {source.dtype}, not floating-point weights", file=self.place, field=name
-            )
-        return source
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._where[name].tensor(name)
 
     def forget(self, name: str) -> None:
         self._where[name].forget(name)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from octavo.errors import RequestError
 from octavo.outputs import RequestOutput, TranslationOutput
 from octavo.sampling_params import SamplingParams
+from octavo.texts import checked_texts
 from octavo.translation.languages import Language, language_name, parse
 from octavo.translation.sentences import Sentence, cut, shortened
 
@@ -82,7 +83,7 @@ def plan_translation(
     sampling_params: SamplingParams | None,
 ) -> TranslationJob:  # fmt: skip
     """Check everything and cut the texts. Raises `RequestError` that names the argument."""
-    batch = _checked(texts)
+    batch = checked_texts(texts)
     params = _params(client, sampling_params, max_tokens, beam_width)
     scheme = client.engine.scheme
     if scheme is None:
@@ -155,17 +156,3 @@ def _params(
     )
     client.engine.check_generates()
     return params
-
-
-def _checked(texts: object) -> list[str]:
-    batch = [texts] if isinstance(texts, str) else texts
-    if isinstance(batch, bytes) or not isinstance(batch, Sequence):
-        raise RequestError(f"texts must be a string or a list of strings, not {type(texts).__name__}", "texts")
-    for place, text in enumerate(batch):
-        if not isinstance(text, str):
-            raise RequestError(f"text {place} is a {type(text).__name__}, not a string", "texts")
-        try:
-            text.encode()
-        except UnicodeError as error:
-            raise RequestError(f"text {place} has surrogates, which are no text", "texts") from error
-    return list(batch)
