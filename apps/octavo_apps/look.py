@@ -37,11 +37,21 @@ READY = """() => {
     new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
     for (const input of document.querySelectorAll(".languages input"))
         input.addEventListener("focus", () => input.select());
+    const languages = document.querySelector(".languages");
+    let key = "";
+    languages?.addEventListener("keydown", event => { key = event.key; });
+    languages?.addEventListener("blur", event => {
+        if (key !== "Enter" || !event.isTrusted) return;
+        event.stopPropagation();
+        const input = event.target;
+        setTimeout(() => input !== document.activeElement && input.dispatchEvent(new FocusEvent("blur")), 20);
+    }, true);
     setTimeout(() => document.querySelector("#message textarea, #source textarea")?.focus(), 50);
 }"""
 """Runs when a page can be used: where there is room, the sidebar stands open; the cursor is where one writes; what
-is typed into a list of languages searches at once; groups of choices get their visible labels as names for screen
-readers, which Gradio leaves out."""
+is typed into a list of languages searches at once; after Enter the list hears a little later that it lost the cursor,
+because Gradio takes what Enter chose some tasks after the key, and would drop it; groups of choices get their visible
+labels as names for screen readers, which Gradio leaves out."""
 
 CSS = Path(__file__).with_name("look.css")
 
