@@ -22,8 +22,8 @@ _LOG2_E = 1.4426950408889634
 
 
 class Best:
-    """What is known of S rows so far: `values` float32 and `tokens` int32 `[S, count]`, the highest first, of equal ones
-    the lowest token; unused places are minus infinity."""
+    """What is known of S rows so far: `values` float32 and `tokens` int32 `[S, count]`, the highest first, of equal
+    ones the lowest token; unused places are minus infinity."""
 
     def __init__(self, rows: int, count: int) -> None:
         self.values = torch.full((rows, count), float("-inf"))
