@@ -12,10 +12,12 @@ if available():
     from octavo_kernels.cpu.best import Best, best_reference
 
 
-def seen(logits: torch.Tensor, count: int, span: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def seen(
+    logits: torch.Tensor, count: int, span: int, factors: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     best, first = Best(len(logits), count), 0
     for part in torch.split(logits, span, dim=1):
-        best.see(part.contiguous(), first)
+        best.see(part.contiguous(), first, factors)
         first += part.shape[1]
     return best.values, best.tokens, best.log_sums()
 
@@ -46,3 +48,12 @@ def test_a_row_that_is_broken_shows_it(place: int) -> None:
     logits = torch.randn(3, 117)
     logits[1, place] = float("nan")
     assert seen(logits, 4, 50)[2].isfinite().tolist() == [True, False, True]
+
+
+def test_rows_with_factors() -> None:
+    logits, factors = torch.randn(4, 1003), torch.tensor([0.0, 1e-3, 1.0, 7.0])
+    values, tokens, sums = seen(logits, 6, 200, factors)
+    expected, expected_tokens, expected_sums = best_reference(logits * factors[:, None], 6)
+    assert torch.equal(values, expected)
+    assert torch.equal(tokens, expected_tokens)
+    torch.testing.assert_close(sums, expected_sums, atol=2e-5, rtol=1e-6)

@@ -30,9 +30,11 @@ class Best:
         self.tokens = torch.zeros(rows, count, dtype=torch.int32)
         self._tops, self._totals = torch.full((rows,), float("-inf")), torch.zeros(rows)
 
-    def see(self, logits: torch.Tensor, first: int) -> None:
-        """float32 or bfloat16 `[S, N]`, contiguous, of tokens `first` to `first + N`; spans come in order."""
-        state = (logits, self.values, self.tokens, self._tops, self._totals)
+    def see(self, logits: torch.Tensor, first: int, factors: torch.Tensor | None = None) -> None:
+        """float32 or bfloat16 `[S, N]`, contiguous, of tokens `first` to `first + N`; spans come in order. `factors`
+        `[S]` float32: what the logits of each row still are to be multiplied with."""
+        factors = torch.ones(len(logits)) if factors is None else factors
+        state = (logits, self.values, self.tokens, self._tops, self._totals, factors)
         sizes = (logits.shape[1], self.values.shape[1], first, len(logits))
         step = torch.tensor([*(tensor.data_ptr() for tensor in state), *sizes])
         kind = _NUMBERS[logits.dtype]
@@ -55,43 +57,48 @@ def _library(kind: str) -> Library:
 
 
 def _see(module: ir.Module, *, kind: str) -> None:
-    """A step: logits, values, tokens, tops, totals, N, count, first token, S."""
+    """A step: logits, values, tokens, tops, totals, factors, N, count, first token, S."""
     code = Code(module, f"best_{kind}")
     b, width = code.b, 4 if kind == "f32" else 2
-    size, count, first = (code.step_value(number) for number in (5, 6, 7))
+    size, count, first = (code.step_value(number) for number in (6, 7, 8))
     whole = code.mul(code.div(size, LANES), LANES)
     rest = b.icmp_signed("<", ir.Constant(v16i, list(range(LANES))), code.splat(b.trunc(code.sub(size, whole), i32)))
-    with code.loop(0, code.step_value(8)) as row:
+    with code.loop(0, code.step_value(9)) as row:
         logits = code.at(code.step_pointer(0), code.mul(row, size, width))
         values = code.at(code.step_pointer(1), code.mul(row, count, 4))
         tokens = code.at(code.step_pointer(2), code.mul(row, count, 4))
         tops, totals = (code.at(code.step_pointer(number), code.mul(row, 4)) for number in (3, 4))
 
+        own = code.load(code.step_pointer(5), code.mul(row, 4), f32)
+        factor = code.splat(own)
+
         highest = code.variable(code.splat(code.load(tops, 0, f32)))
         with code.loop(0, whole, LANES) as at:
-            highest.set(code.maximum(_load(code, logits, at, kind), highest.get()))
-        last = _load_rest(code, logits, whole, kind, rest)
+            highest.set(code.maximum(b.fmul(_load(code, logits, at, kind), factor), highest.get()))
+        # outside a factor of 0 would make NaN of minus infinity
+        last = b.select(rest, b.fmul(_load_rest(code, logits, whole, kind, rest), factor), code.floats(float("-inf")))
         top = code.highest(code.maximum(last, highest.get()))
 
-        shift, factor = code.splat(top), code.floats(_LOG2_E)
+        shift, to_base_2 = code.splat(top), code.floats(_LOG2_E)
         sums = code.variable(code.floats(0.0))
         lowest = code.variable(code.load(values, code.mul(code.sub(count, 1), 4), f32))
 
         def one(value: Value, at: Value, lanes: Value) -> None:
-            sums.set(b.fadd(sums.get(), code.exp2(b.fmul(b.fsub(value, shift), factor))))
+            sums.set(b.fadd(sums.get(), code.exp2(b.fmul(b.fsub(value, shift), to_base_2))))
             above = b.fcmp_ordered(">", value, code.splat(lowest.get()))
             some = code.call("llvm.vector.reduce.or.v16i1", ir.IntType(1), above)
             with b.if_then(some, likely=False), code.loop(0, lanes) as lane:
                 token = code.add(at, lane)
-                _sort_in(code, _number(code, logits, token, kind), code.add(first, token), values, tokens, count)
+                found = b.fmul(_number(code, logits, token, kind), own)
+                _sort_in(code, found, code.add(first, token), values, tokens, count)
                 lowest.set(code.load(values, code.mul(code.sub(count, 1), 4), f32))
 
         with code.loop(0, whole, LANES) as at:
-            one(_load(code, logits, at, kind), at, code.integer(LANES))
+            one(b.fmul(_load(code, logits, at, kind), factor), at, code.integer(LANES))
         with b.if_then(b.icmp_signed("<", whole, size)):
             one(last, whole, code.sub(size, whole))
 
-        before = code.exp2(b.fmul(b.fsub(code.splat(code.load(tops, 0, f32)), shift), factor))
+        before = code.exp2(b.fmul(b.fsub(code.splat(code.load(tops, 0, f32)), shift), to_base_2))
         before = b.extract_element(before, ir.Constant(i32, 0))
         total = b.fadd(b.fmul(code.load(totals, 0, f32), before), code.total(sums.get()))
         code.store(total, totals, 0)
@@ -122,14 +129,13 @@ def _load(code: Code, base: Value, at: Value, kind: str) -> Value:
 
 
 def _load_rest(code: Code, base: Value, at: Value, kind: str, inside: Value) -> Value:
-    """Minus infinity where there is nothing."""
-    b, width = code.b, 4 if kind == "f32" else 2
+    """Zeros where there is nothing."""
+    width = 4 if kind == "f32" else 2
     held, suffix = (v16f, "v16f32") if kind == "f32" else (v16s, "v16i16")
     place, align = code.at(base, code.mul(at, width)), ir.Constant(i32, width)
     empty = ir.Constant(held, [0] * LANES)
     value = code.call(f"llvm.masked.load.{suffix}.p0", held, place, align, inside, empty)
-    value = value if kind == "f32" else _widened(code, value)
-    return b.select(inside, value, code.floats(float("-inf")))
+    return value if kind == "f32" else _widened(code, value)
 
 
 def _number(code: Code, base: Value, at: Value, kind: str) -> Value:

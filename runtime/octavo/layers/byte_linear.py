@@ -25,14 +25,11 @@ def byte_product(weight: torch.Tensor, bias: torch.Tensor | None, *, relu: bool 
     """A `ProductMaker`. The result has the type of the inputs: float32 or bfloat16."""
     from octavo_kernels.cpu.byte_rows import quantise_rows, scale_rows
 
-    packed, scales, zeros = pack_bytes(weight)
-    added = None if bias is None else bias.float()
-    sums = torch.ops.onednn.qlinear_pointwise.default
+    packed, added = ByteWeight(weight), None if bias is None else bias.float()
 
     def product(x: torch.Tensor) -> torch.Tensor:
         rows, factors = quantise_rows(x.contiguous())
-        whole = sums(rows, 1.0, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
-        return scale_rows(whole, factors, added, x.dtype, relu=relu)
+        return scale_rows(packed.sums(rows), factors, added, x.dtype, relu=relu)
 
     return product, True
 
@@ -40,12 +37,22 @@ def byte_product(weight: torch.Tensor, bias: torch.Tensor | None, *, relu: bool 
 byte_product_relu = partial(byte_product, relu=True)
 
 
-def pack_bytes(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`[outputs, inputs]` -> its bytes in oneDNN's layout, scales `[outputs]`, zeros `[outputs]`. A row with a number
-    that is not finite has a scale that is not."""
-    rounded, scales = quantise_weight(weight)
-    packed = torch.ops.onednn.qlinear_prepack(rounded, [PACKED_ROWS, weight.shape[1]])
-    return packed, scales, torch.zeros(len(weight), dtype=torch.int32)
+class ByteWeight:
+    """`[outputs, inputs]` as bytes in oneDNN's layout. A row with a number that is not finite has a scale that is not,
+    and so have its sums."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        rounded, self._scales = quantise_weight(weight)
+        self._bytes = torch.ops.onednn.qlinear_prepack(rounded, [PACKED_ROWS, weight.shape[1]])
+        self._zeros = torch.zeros(len(weight), dtype=torch.int32)
+        self._operator = torch.ops.onednn.qlinear_pointwise.default
+
+    def sums(self, rows: torch.Tensor) -> torch.Tensor:
+        """uint8 `[T, inputs]`, as `quantise_rows` makes them -> float32 `[T, outputs]`, still without their scales."""
+        made: torch.Tensor = self._operator(
+            rows, 1.0, 128, self._bytes, self._scales, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return made
 
 
 def quantise_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

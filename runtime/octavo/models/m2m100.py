@@ -18,7 +18,7 @@ from octavo.attention.texts import TextBatch
 from octavo.execute.context import ForwardContext, KVCache
 from octavo.execute.rows import BestLogits
 from octavo.layers.activated import ActivatedLinear
-from octavo.layers.head import Head
+from octavo.layers.head import head_of
 from octavo.layers.kv import write_kv
 from octavo.layers.layer_norm import Norm
 from octavo.layers.linear import Linear, ProductMaker, product_with
@@ -190,7 +190,7 @@ class M2M100Family:
         """The weights are in place: products are made of them, packed where that is faster."""
         for layer in (*self.encoder, *self.decoder):
             layer.finish(make)
-        self._head = Head(self.embedding, None if self.logits_bias is None else self.logits_bias[0], make)
+        self._head = head_of(self.embedding, None if self.logits_bias is None else self.logits_bias[0], make)
 
     def targets(self) -> dict[str, torch.Tensor]:
         """Checkpoint name -> where its tensor goes."""

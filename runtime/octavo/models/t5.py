@@ -19,7 +19,7 @@ from octavo.execute.context import ForwardContext, KVCache
 from octavo.execute.rows import BestLogits
 from octavo.layers.activated import FUNCTIONS
 from octavo.layers.distance import bias_by_distance, distance_bias
-from octavo.layers.head import Head
+from octavo.layers.head import head_of
 from octavo.layers.kv import write_kv
 from octavo.layers.linear import Linear, ProductMaker, product_with
 from octavo.models.seq2seq_config import Seq2SeqConfig
@@ -184,7 +184,7 @@ class T5Family:
             for linear in part.linears.values():
                 linear.finish(make)
         self.bias = bias_by_distance(self.distances, self.config.relative_max_distance)
-        self._head = Head(self.head, None, make)
+        self._head = head_of(self.head, None, make)
         if self._head.copied and self.head is not self.embedding:
             self.head = self.head.new_empty(0)
 
