@@ -48,7 +48,8 @@ class Octavo:
     def __init__(self, folder: Path, dtype: str) -> None:
         from octavo import LLM, SamplingParams
 
-        self.llm = LLM(str(folder / "model"), dtype=dtype)
+        kind = {"quantization": dtype} if dtype == "int8" else {"dtype": dtype}
+        self.llm = LLM(str(folder / "model"), **kind)
         self.params = SamplingParams(
             use_beam_search=True, beam_width=BEAMS, max_tokens=NEW, ignore_eos=True, detokenize=False
         )
@@ -101,6 +102,7 @@ class CTranslate2:
 
 ENGINES: dict[str, tuple[type[Any], str, str]] = {
     "octavo-bf16": (Octavo, "octavo", "bfloat16"),
+    "octavo-int8": (Octavo, "octavo", "int8"),
     "octavo-f32": (Octavo, "octavo", "float32"),
     "transformers-bf16": (Transformers, "transformers", "bfloat16"),
     "transformers-f32": (Transformers, "transformers", "float32"),

@@ -45,7 +45,8 @@ class EngineConfig:
     quantization: str | None = None
     """How weights are packed, on CPUs with AVX512-VNNI and AVX512-BF16 (activations are then rounded to 8 bits): "gguf"
     keeps the bits of a GGUF file; "int8" rounds any weights to 8 bits; "int4" to 4, embedding and head to 8. None: as
-    "gguf" where that can be and `dtype` is "auto"; otherwise weights have the type `dtype`."""
+    "gguf" where that can be and `dtype` is "auto"; otherwise weights have the type `dtype`. Of these, encoder-decoders
+    know "int8"."""
     kv_cache_dtype: str = "auto"
     """Type of keys and values. "auto": as activations. "fp8" (the same as "fp8_e4m3"), on NVIDIA GPUs from compute
     capability 8.9 on: 8 bits and a scale for each head, half the memory and half the reading; what it gains and loses

@@ -353,7 +353,7 @@ def test_sentences() -> None:
 
 
 @pytest.mark.parametrize("setting", [
-    {"quantization": "int8"}, {"deterministic": True}, {"kv_cache_dtype": "fp8"}, {"max_model_len": 4000},
+    {"quantization": "int4"}, {"deterministic": True}, {"kv_cache_dtype": "fp8"}, {"max_model_len": 4000},
     {"block_size": 128},
 ])  # fmt: skip
 def test_settings_that_these_models_do_not_have(made: Any, setting: dict[str, Any]) -> None:

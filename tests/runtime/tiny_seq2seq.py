@@ -12,6 +12,7 @@ from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.execute.build import Resolved
 from octavo.execute.seq2seq import core_around, load_seq2seq
+from octavo.layers.linear import ProductMaker, product_with
 from octavo.models.seq2seq_config import Seq2SeqConfig, load_seq2seq_config
 from octavo.models.sources import resolve
 from octavo.models.weights import SafetensorsWeights
@@ -81,12 +82,14 @@ def _give_own_head(folder: Path) -> None:
 class Seq2SeqParts:
     """A loaded model, from which any number of cores are made."""
 
-    def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, path: Path, dtype: torch.dtype = torch.float32, product: ProductMaker = product_with
+    ) -> None:
         self.files = resolve(str(path))
         self.config: Seq2SeqConfig = load_seq2seq_config(self.files)
         self.dtype = dtype
         with SafetensorsWeights(path) as reader:
-            self.model = load_seq2seq(reader, self.config, self.resolved())
+            self.model = load_seq2seq(reader, self.config, self.resolved(), product=product)
 
     def resolved(
         self, *, num_blocks: int = 65, block_size: int = 16, max_num_seqs: int = 16, budget: int = 64, depth: int = 0

@@ -39,7 +39,7 @@ def train_pieces(path: Path, kind: str, pieces: int = PIECES, **options: Any) ->
     return [read.id_to_piece(n) for n in range(len(read)) if not read.is_control(n) and not read.is_unknown(n)]
 
 
-def nllb(folder: Path) -> tuple[Any, Any]:
+def nllb(folder: Path, **changes: Any) -> tuple[Any, Any]:
     """(model, tokenizer) of transformers; the files lie in `folder`. So do the others."""
     from transformers import NllbTokenizer
 
@@ -49,7 +49,7 @@ def nllb(folder: Path) -> tuple[Any, Any]:
     state = json.loads(trained.to_str())["model"]
     tokenizer = NllbTokenizer(vocab=state["vocab"], merges=[tuple(merge) for merge in state["merges"]])
     tokenizer.save_pretrained(folder)
-    return make_seq2seq("m2m100", folder, vocab_size=len(tokenizer)), tokenizer
+    return make_seq2seq("m2m100", folder, vocab_size=len(tokenizer), **changes), tokenizer
 
 
 def m2m100(folder: Path) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from octavo_kernels import forbid_tokens, gumbel_sample, top_k_top_p_min_p
 
 from octavo.decode.row import RowSampling
-from octavo.execute.rows import highest, log_softmax, log_sums, most_likely
+from octavo.execute.rows import BestLogits, highest, log_softmax, log_sums, most_likely
 from octavo.execute.table import FLOATS, RowTable
 from octavo.execute.transfer import to_device
 
@@ -154,21 +154,29 @@ class Sampler:
     def search(self, batch: SampledRows, scores: list[float], keep: int) -> Sampled:
         """The `keep` best next tokens of beams: `scores` [S] are added to the log-probabilities of theirs. Processors
         and penalties change log-probabilities here, not logits, as in transformers' beam search."""
-        values, sums = batch.logits, None
         if any(row.penalised for row in batch.sampling):
-            values = log_softmax(values)
+            values = log_softmax(batch.logits)
             self._process(values, batch.sampling, batch.host_rows, batch.lengths)
             self._penalise(values, batch.rows, batch.sampling, batch.lengths)
-        else:  # what processors forbid or add is the same in logits, and the sum is taken off a few of them
-            sums = log_sums(values)
-            if not all(row.plain for row in batch.sampling):
-                values = values.float()
-                self._process(values, batch.sampling, batch.host_rows, batch.lengths)
+            best, tokens = highest(values, min(keep, values.shape[1]))
+            return self.extend(BestLogits(best, tokens, torch.zeros(len(best), device=best.device)), scores)
+        # what processors forbid or add is the same in logits, and the sum is taken off a few of them
+        sums, values = log_sums(batch.logits), batch.logits
+        if not all(row.plain for row in batch.sampling):
+            values = values.float()
+            self._process(values, batch.sampling, batch.host_rows, batch.lengths)
         best, tokens = highest(values, min(keep, values.shape[1]))
-        logprobs = best if sums is None else best.float() - sums[:, None]
+        return self.extend(BestLogits(best, tokens, sums), scores)
+
+    def extend(self, best: BestLogits, scores: list[float]) -> Sampled:
+        """The best next tokens of as many beams as there are `scores`, which are added to the log-probabilities of
+        theirs. `best` may have more rows, of padding."""
+        size = len(scores)
+        logprobs = best.values[:size].float() - best.sums[:size, None]
         reached = logprobs + self.table.send(scores, torch.float32)[:, None]
-        candidates = DeviceCandidates(tokens, reached, list(range(len(scores))))
-        return Sampled(torch.zeros_like(batch.rows), None, [], candidates)
+        candidates = DeviceCandidates(best.tokens[:size], reached, list(range(size)))
+        nothing = torch.zeros(size, dtype=torch.int64, device=reached.device)
+        return Sampled(nothing, None, [], candidates)
 
     def _process(
         self, logits: torch.Tensor, sampling: list[RowSampling], host_rows: list[int], lengths: list[int]

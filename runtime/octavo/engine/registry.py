@@ -209,6 +209,7 @@ def _start_encoder(config: EngineConfig, files: ModelFiles, progress: Progress |
 def _start_seq2seq(config: EngineConfig, files: ModelFiles, progress: Progress | None, began: float) -> Engine:
     shape = load_seq2seq_config(files)
     _import_torch()
+    from octavo.execute.packing import held_by_seq2seq
     from octavo.execute.seq2seq import build_seq2seq, resolve_seq2seq
 
     resolved = resolve_seq2seq(config, shape)
@@ -218,10 +219,10 @@ def _start_seq2seq(config: EngineConfig, files: ModelFiles, progress: Progress |
         lambda: build_seq2seq(config, files, shape, resolved, progress), max_queued_requests=config.max_queued_requests
     )
     service.start()
-    dtype = str(resolved.dtype).removeprefix("torch.")
+    dtype, held = str(resolved.dtype).removeprefix("torch."), held_by_seq2seq(config, shape, resolved.dtype)
     limits = Limits(
         resolved.max_model_len, shape.vocab_size, str(resolved.device), dtype, resolved.num_blocks,
-        resolved.block_size, resolved.max_num_seqs, False, dtype, shape.parameters * resolved.dtype.itemsize, dtype,
+        resolved.block_size, resolved.max_num_seqs, False, held.name, held.bytes, dtype,
     )  # fmt: skip
     grammars = Grammars(scheme.tokenizer, shape.vocab_size, shape.eos_token_ids)
     seconds = time.monotonic() - began

@@ -15,10 +15,12 @@ from octavo_kernels.cpu.quantise import BLOCK, BYTES
 
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
+from octavo.layers.byte_linear import INPUTS_MULTIPLE
 from octavo.models.config import ModelConfig
 from octavo.models.llama_packed import CACHE_BLOCK
 from octavo.models.llama_packed import supports as packed_supports
 from octavo.models.packed_weights import Packing
+from octavo.models.seq2seq_config import Seq2SeqConfig
 from octavo.models.sources import ModelFiles
 
 _ASKED: dict[str, Packing] = {"gguf": "file", "int8": "int8", "int4": "int4"}
@@ -62,6 +64,33 @@ def _obstacles(
         yield f"keeps its cache in bfloat16, not {config.dtype}: leave dtype out", "dtype"
     if config.block_size not in (None, CACHE_BLOCK):
         yield f"has blocks of {CACHE_BLOCK} tokens, not {config.block_size}: leave block_size out", "block_size"
+
+
+def rounds_to_bytes(config: EngineConfig, model: Seq2SeqConfig, device: torch.device) -> bool:
+    """Whether an encoder-decoder gets weights of 8 bits. Raises `ConfigError` where they cannot be had."""
+    asked = config.quantization
+    if asked is None:
+        return False
+    for why in _byte_obstacles(asked, model, device):
+        raise ConfigError(f"quantization={asked!r} {why}", "quantization")
+    return True
+
+
+def _byte_obstacles(asked: str, model: Seq2SeqConfig, device: torch.device) -> Iterator[str]:
+    if asked != "int8":
+        yield "is not for encoder-decoders: use 'int8', or leave it out"
+    if device.type != "cpu" or not cpu_kernels_available():
+        yield "needs a CPU with AVX512-VNNI and AVX512-BF16, on Linux: leave it out on other machines"
+    if any(size % INPUTS_MULTIPLE for size in model.inner_sizes):
+        yield f"needs sizes in multiples of {INPUTS_MULTIPLE}, not {model.inner_sizes}: leave it out here"
+
+
+def held_by_seq2seq(config: EngineConfig, model: Seq2SeqConfig, dtype: torch.dtype) -> Held:
+    """What the weights of an encoder-decoder take, in its matrices."""
+    if config.quantization is None:
+        return Held(str(dtype).removeprefix("torch."), model.parameters * dtype.itemsize)
+    table = model.vocab_size * model.hidden_size * dtype.itemsize  # the head has bytes, the embedding does not
+    return Held("int8", model.parameters + table)
 
 
 def held_weights(model: ModelConfig, packing: Packing | None, dtype: torch.dtype) -> Held:

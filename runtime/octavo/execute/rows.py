@@ -7,6 +7,8 @@ milliseconds on the cores that the next program runs on. The largest of 64 rows 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -92,6 +94,24 @@ def highest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
     rest = torch.arange(spans * SPAN, values.shape[1]).expand(len(values), -1)
     best, places = torch.cat([found, values[:, spans * SPAN :]], dim=1).topk(count, dim=1)
     return best, torch.cat([at, rest], dim=1).gather(1, places)
+
+
+@dataclass(slots=True)
+class BestLogits:
+    """The highest logits of S rows."""
+
+    values: torch.Tensor
+    """[S, K], in order."""
+    tokens: torch.Tensor
+    """[S, K] int64."""
+    sums: torch.Tensor
+    """[S] float32: taken off, it makes log-probabilities of them."""
+
+
+def best_of(logits: torch.Tensor, count: int) -> BestLogits:
+    """[S, V] -> the highest `count` of each row."""
+    values, tokens = highest(logits, min(count, logits.shape[1]))
+    return BestLogits(values, tokens, log_sums(logits))
 
 
 def _highest_of(row: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from octavo.engine.plan import Masks, SearchedStep, StepPlan
 from octavo.execute.context import ForwardContext, KVCache, StepInputs
 from octavo.execute.model import Model
 from octavo.execute.result import StepResult
-from octavo.execute.rows import not_finite, take
+from octavo.execute.rows import BestLogits, best_of, not_finite, take
 from octavo.execute.table import RowTable
 from octavo.execute.transfer import array_to_device
 
@@ -62,8 +62,11 @@ class Runner:
         padding = -size % self.attention.row_multiple
         packed = table.send([*host_rows, *lengths, *last, *last[:1] * padding], torch.int64)
         rows, positions, chosen = torch.split(packed, [size, size, size + padding])
-        logits = self.model.logits(take(hidden, chosen))[:size]
-        batch = SampledRows(logits, rows, positions, self._sampling(host_rows), host_rows, lengths)
+        states, asked = take(hidden, chosen), self._sampling(host_rows)
+        if len(plan.searched) == size and all(row.plain for row in asked):
+            best = self._best(states, max(step.keep for step in plan.searched))
+            return self.sampler.extend(best, [step.score for step in plan.searched])
+        batch = SampledRows(self.model.logits(states)[:size], rows, positions, asked, host_rows, lengths)
         under_grammar = set(plan.masked)
         masked = [place for place, entry in enumerate(sampling) if entry in under_grammar]
         if plan.searched:
@@ -72,6 +75,9 @@ class Runner:
             sampled = self._draw(batch, masked, masks)
         table.tokens.index_put_((rows, positions), sampled.tokens.clamp_min(0).to(torch.int32))
         return sampled
+
+    def _best(self, states: torch.Tensor, count: int) -> BestLogits:
+        return best_of(self.model.logits(states), count)
 
     def _search(
         self, batch: SampledRows, sampling: list[int], searched: tuple[SearchedStep, ...], masked: list[int],

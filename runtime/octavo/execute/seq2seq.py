@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from octavo_kernels.cpu.compiler import keep_objects_in
 
 from octavo.attention.base import AttentionBackend
 from octavo.attention.cpu import KV_PAD, CpuAttention
@@ -26,9 +27,13 @@ from octavo.execute.build import (
     limit_torch_threads,
     make_kv_cache,
 )
+from octavo.execute.packing import held_by_seq2seq, rounds_to_bytes
 from octavo.execute.sizing import Card, Sizes, blocks_in_ram, blocks_on_gpu, usable_length
 from octavo.execute.sources import Seq2SeqRunner, SourceTable
 from octavo.execute.table import RowTable
+from octavo.layers.byte_linear import byte_product
+from octavo.layers.linear import ProductMaker, product_with
+from octavo.models.cache import cache_dir
 from octavo.models.loader import Progress, fill
 from octavo.models.m2m100 import M2M100Family
 from octavo.models.seq2seq_config import Seq2SeqConfig, refuse_on
@@ -41,14 +46,14 @@ Family = M2M100Family | T5Family
 
 def resolve_seq2seq(config: EngineConfig, model: Seq2SeqConfig) -> Resolved:
     """Decide everything that is left to the machine. Raises `ConfigError` for what these models cannot do."""
-    for name, why in (("quantization", "be quantised"), ("deterministic", "run deterministic")):
-        if getattr(config, name):
-            raise ConfigError(f"an encoder-decoder cannot {why} yet: leave {name} out", name)
+    if config.deterministic:
+        raise ConfigError("an encoder-decoder cannot run deterministic yet: leave it out", "deterministic")
     if config.kv_cache_dtype != "auto":
         message = "the KV cache of an encoder-decoder has the type of its activations: leave kv_cache_dtype out"
         raise ConfigError(message, "kv_cache_dtype")
     device = choose_device(config)
     refuse_on(model, device.type)
+    rounds_to_bytes(config, model, device)
     gpu = device.type == "cuda"
     dtype = choose_dtype(config, model, device)
     block_size = config.block_size or 16
@@ -64,7 +69,7 @@ def resolve_seq2seq(config: EngineConfig, model: Seq2SeqConfig) -> Resolved:
         max_num_seqs=max_num_seqs, max_num_batched_tokens=max_batched,
         max_len=config.max_model_len or model.max_position,
     )  # fmt: skip
-    weights = model.parameters * dtype.itemsize
+    weights = held_by_seq2seq(config, model, dtype).bytes
     if gpu:
         num_blocks = blocks_on_gpu(config, sizes, Card.of(device), weights, loaded=False)
     else:
@@ -82,9 +87,11 @@ def build_seq2seq(
 ) -> EngineCore:  # fmt: skip
     """Load the model and put an engine around it."""
     threads = limit_torch_threads()
+    keep_objects_in(cache_dir() / "kernels")
+    product = byte_product if rounds_to_bytes(config, model_config, resolved.device) else product_with
     dummy = config.load_format == "dummy"
     with open_dummy() if dummy else open_folder(files) as reader:
-        model = load_seq2seq(reader, model_config, resolved, dummy=dummy, progress=progress)
+        model = load_seq2seq(reader, model_config, resolved, dummy=dummy, progress=progress, product=product)
     turns: AbstractContextManager[None] = nullcontext()
     if resolved.device.type == "cpu":
         turns = Turn(PROCESS_CORES, threads)
@@ -117,7 +124,7 @@ def _attention(
 
 def load_seq2seq(
     reader: WeightReader, config: Seq2SeqConfig, resolved: Resolved, *, dummy: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | None = None, product: ProductMaker = product_with,
 ) -> Family:  # fmt: skip
     """Raises `ModelFileError` where weights and configuration do not fit together."""
     family = T5Family if config.relative_buckets else M2M100Family
@@ -129,7 +136,7 @@ def load_seq2seq(
     targets = {}  # a view of a weight would keep it in memory
     with torch.inference_mode():
         fill(reader, places, progress)
-        model.finish()
+        model.finish(product)
     return model
 
 

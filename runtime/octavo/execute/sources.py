@@ -14,6 +14,7 @@ from octavo.attention.texts import TextBatch
 from octavo.engine.plan import NewRow, NewSource, StepPlan
 from octavo.execute.context import ForwardContext, KVCache, StepInputs
 from octavo.execute.model import Model
+from octavo.execute.rows import BestLogits
 from octavo.execute.runner import Runner
 from octavo.execute.table import RowTable
 from octavo.execute.transfer import array_to_device, to_device
@@ -28,6 +29,9 @@ class Seq2SeqModel(Model, Protocol):
 
     def encode(self, batch: TextBatch) -> torch.Tensor:
         """States of all tokens of the sources, `[T, hidden]`."""
+
+    def best(self, hidden: torch.Tensor, count: int) -> BestLogits:
+        """The highest of what `logits` would give."""
 
     def remember(self, encoded: torch.Tensor, kv: KVCache, slots: torch.Tensor) -> None:
         """Write the keys and values of `encoded` for cross-attention, of all layers, to `slots` `[T]`."""
@@ -88,6 +92,9 @@ class Seq2SeqRunner(Runner):
         cross = self.sources.gather(inputs)
         prepared = self.attention.prepare_cross(cross, [self.sources.names[row] for row in cross.host_rows])
         return ForwardContext(inputs, self.attention.prepare(inputs), self.kv, prepared)
+
+    def _best(self, states: torch.Tensor, count: int) -> BestLogits:
+        return self.model.best(states, count)
 
     def _encode(self, sources: Sequence[NewSource]) -> None:
         size = self.sources.block_size

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from octavo.layers.byte_linear import byte_product, byte_product_relu
 from octavo.layers.linear import PACKED_ROWS, Linear, ProductMaker, product_with
 
 FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -41,8 +42,11 @@ class ActivatedLinear(Linear):
             self._product = lambda x: operator(x, packed, bias, name, [], algorithm)
             self.weight = self.weight.new_empty(0)
             return
-        product, was_packed = make(self.weight, self.bias)
-        function = FUNCTIONS[self.activation]
-        self._product = lambda x: function(product(x))
+        if make is byte_product and self.activation == "relu":
+            self._product, was_packed = byte_product_relu(self.weight, self.bias)
+        else:
+            product, was_packed = make(self.weight, self.bias)
+            function = FUNCTIONS[self.activation]
+            self._product = lambda x: function(product(x))
         if was_packed:
             self.weight = self.weight.new_empty(0)

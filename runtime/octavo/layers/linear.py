@@ -26,7 +26,7 @@ another layout, and is not read again."""
 
 def packs(weight: torch.Tensor) -> bool:
     """oneDNN's packed layout is the fastest way to multiply with this weight."""
-    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    on_cpu = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32)
     return on_cpu and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 

@@ -16,10 +16,12 @@ import torch.nn.functional as F
 
 from octavo.attention.texts import TextBatch
 from octavo.execute.context import ForwardContext, KVCache
+from octavo.execute.rows import BestLogits
 from octavo.layers.activated import ActivatedLinear
+from octavo.layers.head import head_of
 from octavo.layers.kv import write_kv
 from octavo.layers.layer_norm import Norm
-from octavo.layers.linear import Linear, Product, ProductMaker, product_with
+from octavo.layers.linear import Linear, ProductMaker, product_with
 from octavo.models.seq2seq_config import Seq2SeqConfig
 
 
@@ -139,7 +141,6 @@ class M2M100Family:
         m2m100 = config.model_type == "m2m_100"
         self.positions_skip_padding = config.pad_token_id if m2m100 else None
         self.embedding = empty(config.vocab_size, config.hidden_size)
-        self.head = self.embedding
         self.factor = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
         table = m2m100_positions if m2m100 else marian_positions
         self.places = table(max_len, config.hidden_size, config.pad_token_id).to(device, dtype)
@@ -152,7 +153,6 @@ class M2M100Family:
 
         self.encoder_norm, self.decoder_norm = final_norm(), final_norm()
         self.logits_bias = empty(1, config.vocab_size) if config.logits_bias else None
-        self._head_product: Product = lambda hidden: F.linear(hidden, self.head)
 
     def encode(self, batch: TextBatch) -> torch.Tensor:
         x = self._embedded(batch.ids, batch.positions)
@@ -178,8 +178,10 @@ class M2M100Family:
         return F.embedding(places, self.places).add_(F.embedding(ids, self.embedding), alpha=self.factor)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self._head_product(hidden)
-        return logits if self.logits_bias is None else logits + self.logits_bias
+        return self._head.logits(hidden)
+
+    def best(self, hidden: torch.Tensor, count: int) -> BestLogits:
+        return self._head.best(hidden, count)
 
     def adapt(self, given: set[str]) -> None:
         """The checkpoint has tensors of these names. Nothing depends on it here."""
@@ -188,7 +190,7 @@ class M2M100Family:
         """The weights are in place: products are made of them, packed where that is faster."""
         for layer in (*self.encoder, *self.decoder):
             layer.finish(make)
-        self._head_product, _ = make(self.head, None)
+        self._head = head_of(self.embedding, None if self.logits_bias is None else self.logits_bias[0], make)
 
     def targets(self) -> dict[str, torch.Tensor]:
         """Checkpoint name -> where its tensor goes."""

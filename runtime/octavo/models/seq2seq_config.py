@@ -76,6 +76,12 @@ class Seq2SeqConfig:
         return self.num_heads
 
     @property
+    def inner_sizes(self) -> tuple[int, ...]:
+        """Of what matrices multiply."""
+        heads = self.num_heads * self.head_dim, self.encoder_heads * self.encoder_head_dim
+        return self.hidden_size, self.intermediate_size, self.encoder_intermediate_size, *heads
+
+    @property
     def parameters(self) -> int:
         """Numbers in the matrices of the model; the head may be the embedding."""
         hidden, attention = self.hidden_size, 4 * self.hidden_size * self.num_heads * self.head_dim

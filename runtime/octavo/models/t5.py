@@ -16,10 +16,12 @@ from octavo_kernels import fused_add_rms_norm
 
 from octavo.attention.texts import TextBatch
 from octavo.execute.context import ForwardContext, KVCache
+from octavo.execute.rows import BestLogits
 from octavo.layers.activated import FUNCTIONS
 from octavo.layers.distance import bias_by_distance, distance_bias
+from octavo.layers.head import head_of
 from octavo.layers.kv import write_kv
-from octavo.layers.linear import Linear, Product, ProductMaker, product_with
+from octavo.layers.linear import Linear, ProductMaker, product_with
 from octavo.models.seq2seq_config import Seq2SeqConfig
 
 
@@ -140,7 +142,6 @@ class T5Family:
         self.decoder = [DecoderLayer(config, index, dtype, device) for index in range(config.num_layers)]
         self.encoder_norm, self.decoder_norm = empty(config.hidden_size), empty(config.hidden_size)
         self.bias = empty(0)
-        self._head_product: Product = lambda hidden: F.linear(hidden, self.head)
 
     def encode(self, batch: TextBatch) -> torch.Tensor:
         x = F.embedding(batch.ids, self.embedding)
@@ -160,7 +161,13 @@ class T5Family:
         return fused_add_rms_norm(x, None, self.decoder_norm, self.config.norm_eps)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._head_product(hidden * self.config.hidden_size**-0.5 if self.config.scales_head else hidden)
+        return self._head.logits(self._scaled(hidden))
+
+    def best(self, hidden: torch.Tensor, count: int) -> BestLogits:
+        return self._head.best(self._scaled(hidden), count)
+
+    def _scaled(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * self.config.hidden_size**-0.5 if self.config.scales_head else hidden
 
     def adapt(self, given: set[str]) -> None:
         """The checkpoint has tensors of these names. From version 1.1 on T5 has a head of its own."""
@@ -177,8 +184,8 @@ class T5Family:
             for linear in part.linears.values():
                 linear.finish(make)
         self.bias = bias_by_distance(self.distances, self.config.relative_max_distance)
-        self._head_product, packed = make(self.head, None)
-        if packed and self.head is not self.embedding:
+        self._head = head_of(self.head, None, make)
+        if self._head.copied and self.head is not self.embedding:
             self.head = self.head.new_empty(0)
 
     def targets(self) -> dict[str, torch.Tensor]:
