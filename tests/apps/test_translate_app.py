@@ -12,9 +12,12 @@ import browser
 import docx
 import pytest
 import srt
+import tiny_translators as tiny
 from conftest import Fault, nothing_runs, stats
+from octavo_apps import serve
 from octavo_apps.engines import Engines
-from playwright.sync_api import expect
+from octavo_apps.translate import TranslatePage
+from playwright.sync_api import BrowserContext, expect
 
 New = Callable[..., browser.TranslateTab]
 FRENCH = "Bonjour à tous. Le chat est sur la table.\n\nIl fait beau aujourd'hui, n'est-ce pas ?"
@@ -78,6 +81,43 @@ def test_a_language_is_taken_at_once(tab: browser.TranslateTab) -> None:
     tab.page.keyboard.type("English")
     tab.text.focus()
     expect(tab.language("To")).to_have_value("Estonian")  # without Enter nothing is chosen
+
+
+def test_the_languages_are_those_of_the_model(new_context: Callable[..., BrowserContext], tmp_path: Path) -> None:
+    """Of one with 202, of one with 100, and of one with a single pair, without loading them; and they can be used."""
+    folders = {make.__name__: tmp_path / make.__name__ for make in (tiny.nllb, tiny.m2m100, tiny.marian)}
+    for name, folder in folders.items():
+        folder.mkdir()
+        getattr(tiny, name)(folder)
+    engines = Engines(str(folders["nllb"]), dtype="float32", num_blocks=200)
+    page = TranslatePage(engines)
+    tab = browser.TranslateTab(new_context().new_page(), serve(page.blocks, block=False))
+    options = tab.page.get_by_role("option")
+    try:
+        tab.open()
+        tab.language("To").click()
+        expect(options).to_have_count(202)
+        tab.page.keyboard.press("Escape")
+        tab.choose("From", "Chinese (Traditional)")
+        tab.choose("To", "Faroese")
+        assert not engines.is_loaded(str(folders["nllb"]))
+        tab.page.get_by_role("button", name="Model").last.click()
+        for name, count, target in (("m2m100", 100, "English"), ("marian", 1, "German")):
+            tab.language("Model").fill(str(folders[name]))
+            tab.language("Model").press("Enter")
+            expect(tab.language("To")).to_have_value(target)
+            tab.language("To").click()
+            expect(options).to_have_count(count)
+            tab.page.keyboard.press("Escape")
+        expect(tab.language("From")).to_have_value("English")
+        assert tab.translate("The quick brown fox jumps over the lazy dog.")
+        expect(tab.result).to_contain_text("English to German")
+        tab.page.get_by_role("button", name="Swap").click()
+        expect(tab.notice).to_have_text("This model does not translate from German to English.")
+        assert tab.errors == []
+    finally:
+        page.blocks.close()
+        engines.close()
 
 
 def test_it_streams_and_stop_ends_the_requests_in_the_engine(tab: browser.TranslateTab, engines: Engines) -> None:
@@ -198,6 +238,9 @@ def test_bad_files_are_a_sentence(tab: browser.TranslateTab, tmp_path: Path, nam
 def test_bad_texts_are_a_sentence_and_the_next_one_works(tab: browser.TranslateTab) -> None:
     tab.go.click()
     expect(tab.notice).to_have_text("Write a text first.")
+    tab.text.fill("table")
+    tab.go.click()
+    expect(tab.notice).to_contain_text("It is not sure which language this text is in (French or English or Spanish?)")
     tab.text.fill("12 345 !")
     tab.go.click()
     expect(tab.notice).to_contain_text("no letters", timeout=20_000)
@@ -206,7 +249,7 @@ def test_bad_texts_are_a_sentence_and_the_next_one_works(tab: browser.TranslateT
     expect(tab.notice).to_contain_text("in German already", timeout=20_000)
     tab.text.fill("Энэ бол монгол хэл дээр бичигдсэн өгүүлбэр бөгөөд манай загвар энэ хэлийг мэдэхгүй.")
     tab.go.click()
-    expect(tab.notice).to_contain_text("a language that the model lacks (mn)")
+    expect(tab.notice).to_contain_text("in Mongolian, a language that the model lacks")
     tab.page.evaluate(
         """() => { const area = document.querySelector('#source textarea'); area.value = 'mot '.repeat(2500000);
                    area.dispatchEvent(new Event('input', {bubbles: true})); }"""
