@@ -5,6 +5,7 @@ The runner sees plans and rows, never requests; the model sees token ids, positi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -27,9 +28,13 @@ PROMPT_LOGPROB_TILE = 256
 
 
 class Runner:
-    def __init__(self, model: Model, kv: KVCache, table: RowTable, attention: AttentionBackend) -> None:
+    """`never`: tokens that it never makes."""
+
+    def __init__(
+        self, model: Model, kv: KVCache, table: RowTable, attention: AttentionBackend, never: Sequence[int] = ()
+    ) -> None:
         self.model, self.kv, self.table, self.attention = model, kv, table, attention
-        self.sampler = Sampler(table)
+        self.sampler = Sampler(table, never)
         self.waits_for_masks = table.device.type != "cpu"
         """Steps overlap, so the masks of one wait for the tokens of the step before."""
 
