@@ -39,7 +39,12 @@ def test_a_text_is_detected_and_translated_sentence_by_sentence(tab: browser.Tra
     assert len(sentences) == 3
     assert all(sentence not in ("", "…") for sentence in sentences)
     expect(tab.result).to_contain_text("French (detected) to German")
-    assert "\n\n" in tab.result.locator(".body").inner_text(), "paragraphs stay"
+    shown = tab.result.locator(".body").inner_text()
+    assert "\n\n" in shown, "paragraphs stay"
+    tab.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.page.get_by_role("button", name="Copy translation").click()
+    assert tab.page.evaluate("navigator.clipboard.readText()").split() == shown.split()
+    assert tab.sideways() == 0
     assert stats(engines).largest_batch >= 3, "the sentences were not translated in one batch"
     nothing_runs(engines)
 
@@ -47,6 +52,9 @@ def test_a_text_is_detected_and_translated_sentence_by_sentence(tab: browser.Tra
 def test_languages_are_searched_and_swapped(tab: browser.TranslateTab) -> None:
     tab.page.get_by_role("button", name="Swap").click()
     expect(tab.notice).to_contain_text("Choose a language to swap with")
+    tab.language("To").click()
+    expect(tab.page.get_by_role("option", name="German")).to_be_in_viewport()  # the list opens where it stands
+    tab.text.click()
     tab.choose("To", "English")
     sentences = tab.translate("Le chat est sur la table.")
     expect(tab.result).to_contain_text("French (detected) to English")
@@ -191,7 +199,11 @@ def word_file(path: Path) -> Path:
 def test_files_are_uploaded_translated_and_downloaded(tab: browser.TranslateTab, tmp_path: Path) -> None:
     tab.page.get_by_role("tab", name="File").click()
     (tmp_path / "film.srt").write_text(SUBTITLES)
-    for path in (tmp_path / "film.srt", word_file(tmp_path / "lettre.docx")):
+    (tmp_path / "page.md").write_text("# Le titre\n\n`x = 1` Le chat est sur la table.\n")
+    (tmp_path / "note.txt").write_text("Le chat est sur la table.\n\n  12 345\nIl fait beau aujourd'hui.\n")
+    names = ("film.srt", "lettre.docx", "page.md", "note.txt")
+    word_file(tmp_path / "lettre.docx")
+    for path in (tmp_path / name for name in names):
         if tab.page.get_by_label("Clear").or_(tab.page.get_by_label("Remove this file")).first.is_visible():
             tab.page.get_by_label("Clear").or_(tab.page.get_by_label("Remove this file")).first.click()
         tab.page.locator("#file input[type=file]").set_input_files(path)
@@ -209,11 +221,32 @@ def test_files_are_uploaded_translated_and_downloaded(tab: browser.TranslateTab,
             one, two = srt.parse(data.decode())
             assert [str(one.start), str(one.end), str(two.start)] == ["0:00:01", "0:00:02.500000", "0:00:03"]
             assert re.fullmatch(r"<i>.+</i>", one.content)
+        elif path.suffix == ".md":
+            assert re.fullmatch(r"# .+\n\n`x = 1` .+\n", data.decode())
+        elif path.suffix == ".txt":
+            assert re.fullmatch(r".+\n\n  12 345\n.+\n", data.decode())
         else:
             heading, paragraph = docx.Document(io.BytesIO(data)).paragraphs
             assert heading.style.name == "Heading 1"
             assert paragraph.runs[0].bold
             assert paragraph.text
+
+
+def test_a_file_can_be_stopped(tab: browser.TranslateTab, engines: Engines, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text(LONG)
+    tab.text.fill("Bonjour à tous.")
+    tab.page.get_by_role("tab", name="File").click()
+    tab.page.locator("#file input[type=file]").set_input_files(tmp_path / "long.txt")
+    expect(tab.page.locator("#file")).to_contain_text("long")
+    tab.page.get_by_role("button", name="Translate file").click()
+    expect(tab.page.locator("label.progress")).to_contain_text("French to German: 1", timeout=20_000)
+    assert stats(engines).running > 1
+    tab.page.locator("#stop-file").click()
+    expect(tab.notice).to_have_text("Stopped: there is no file.")
+    nothing_runs(engines)
+    expect(tab.page.locator("#download")).to_be_hidden()
+    tab.page.get_by_role("tab", name="Text").click()
+    expect(tab.text).to_have_value("Bonjour à tous.")
 
 
 @pytest.mark.parametrize(
@@ -304,6 +337,7 @@ def test_by_keyboard_alone(tab: browser.TranslateTab) -> None:
 def test_on_a_phone_nothing_scrolls_sideways(new_translate: New, dark: bool) -> None:
     tab = new_translate(size=browser.PHONE, dark=dark)
     assert tab.sideways() == 0
+    assert tab.language("From").evaluate("e => e.scrollWidth <= e.clientWidth"), "a name is cut off"
     tab.translate("Bonjour à tous. " + "longueur" * 30)
     assert tab.sideways() == 0
     tab.page.get_by_role("tab", name="File").click()
