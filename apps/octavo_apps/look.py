@@ -36,7 +36,14 @@ READY = """() => {
     name();
     new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
     for (const input of document.querySelectorAll(".languages input"))
-        input.addEventListener("focus", () => input.select());
+        input.addEventListener("focus", () => {
+            input.select();
+            setTimeout(() => {
+                const list = document.getElementById(input.getAttribute("aria-controls"));
+                const chosen = list?.querySelector("[aria-selected=true]");
+                if (chosen) list.scrollTop = chosen.offsetTop - list.clientHeight / 2;
+            }, 100);
+        });
     const languages = document.querySelector(".languages");
     let key = "";
     languages?.addEventListener("keydown", event => { key = event.key; });
@@ -49,9 +56,10 @@ READY = """() => {
     setTimeout(() => document.querySelector("#message textarea, #source textarea")?.focus(), 50);
 }"""
 """Runs when a page can be used: where there is room, the sidebar stands open; the cursor is where one writes; what
-is typed into a list of languages searches at once; after Enter the list hears a little later that it lost the cursor,
-because Gradio takes what Enter chose some tasks after the key, and would drop it; groups of choices get their visible
-labels as names for screen readers, which Gradio leaves out."""
+is typed into a list of languages searches at once, and the list opens where the chosen one stands (Gradio measures
+before the list has its width, and opens it at its end); after Enter the list hears a little later that it lost the
+cursor, because Gradio takes what Enter chose some tasks after the key, and would drop it; groups of choices get their
+visible labels as names for screen readers, which Gradio leaves out."""
 
 CSS = Path(__file__).with_name("look.css")
 

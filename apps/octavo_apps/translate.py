@@ -6,9 +6,10 @@ A text is translated sentence by sentence, all of them in one batch of the engin
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -19,8 +20,9 @@ from octavo.models.sources import DEFAULT_MODEL
 
 from octavo_apps import storage
 from octavo_apps.engines import Engines
-from octavo_apps.languages import ALL, BY_CODE
+from octavo_apps.languages import Language, language
 from octavo_apps.look import READY, Updates, notice, sentence_of, title
+from octavo_apps.offers import ANY, Offer, Offers
 from octavo_apps.translate_checks import OPEN, check_text, languages_of, loading
 from octavo_apps.translate_file import FileTab
 from octavo_apps.translate_view import CLICKED, shown
@@ -36,6 +38,9 @@ APP = "translate"
 CHOICES = 5
 """Beams that are searched for a sentence; each that says something else is offered."""
 
+_DETECT = ("Detect language", OPEN)
+
+
 def translate_blocks(model: str = DEFAULT_MODEL, **settings: Any) -> gr.Blocks:
     """The translation app as Gradio blocks. Arguments are those of `LLM` (`ConfigError`); nothing is loaded before the
     first text. Show it with `serve`."""
@@ -46,7 +51,7 @@ class TranslatePage:
     """The page and its events."""
 
     def __init__(self, engines: Engines, translator: Callable[[AsyncLLM], Translator] = translator_of) -> None:
-        self.engines, self.translator = engines, translator
+        self.engines, self.translator, self.offers = engines, translator, Offers(engines)
         self.running: dict[str, Run] = {}  # by session
         self.blocks: gr.Blocks = gr.Blocks(title="Octavo translate", analytics_enabled=False)
         with self.blocks:
@@ -81,13 +86,16 @@ class TranslatePage:
                 )  # fmt: skip
 
     def _languages(self) -> None:
-        named = [(language.name, language.code) for language in ALL]
         with gr.Row(elem_classes="languages", equal_height=True):
             self.source = gr.Dropdown(
-                [("Detect language", OPEN), *named], value=OPEN, label="From", filterable=True, elem_id="from", scale=5
-            )
+                [_DETECT, *_choices(ANY.sources)], value=OPEN, label="From", filterable=True, elem_id="from", scale=5,
+                num_choices_shown=1000,
+            )  # fmt: skip
             self.swap = gr.Button("Swap", elem_id="swap", scale=1, min_width=70)
-            self.target = gr.Dropdown(named, value="de", label="To", filterable=True, elem_id="to", scale=5)
+            self.target = gr.Dropdown(
+                _choices(ANY.targets), value="de", label="To", filterable=True, elem_id="to", scale=5,
+                num_choices_shown=1000,
+            )  # fmt: skip
 
     def _text_tab(self) -> None:
         with gr.Row(elem_classes="sides", equal_height=True):
@@ -117,7 +125,9 @@ class TranslatePage:
         self.go.click(self._translate, [self.text, *languages, self.history], outputs, **streaming)
         gr.on([self.stop.click, self.files.stop.click], self._stop, None, None, **quick)
         self.files.events()
-        swapped = [self.text, self.source, self.target, self.translation]
+        pickers = [self.source, self.target]
+        self.model.change(self._offer, [self.model, *pickers], pickers, **quick)
+        swapped = [self.text, self.source, self.target, self.translation, self.model]
         self.swap.click(self._swap, swapped, outputs, **quick)
         offered = [self.alternatives, self.chosen, self.notice]
         self.result.click(self._alternatives, [self.translation, self.model], offered, **streaming)
@@ -126,13 +136,14 @@ class TranslatePage:
         )
         self.copy.click(None, [self.plain], js=storage.COPY)
         self.new.click(self._start_anew, [self.history], outputs, **quick)
-        self.list.input(self._open, [self.list, self.history], outputs, **quick)
+        self.list.input(self._open, [self.list, self.history, self.model], outputs, **quick)
         self.list.change(None, [self.list], js=storage.opened(APP))
         self.delete.click(None, [self.list], js=storage.remove(APP)).then(
             self._delete, [self.list, self.history], outputs, **quick
         )
         self.kept.change(None, [self.kept], js=storage.save(APP))
-        self.blocks.load(self._load, [self.kept], outputs, js=storage.load(APP), **quick).then(None, js=READY)
+        loaded = self.blocks.load(self._load, [self.kept], outputs, js=storage.load(APP), **quick)
+        loaded.then(None, js=READY)
 
     # ---------------------------------------------------------------- texts
 
@@ -150,7 +161,9 @@ class TranslatePage:
             yield {self.notice: waits, self.go: gr.update(visible=False), self.stop: gr.update(visible=True)}
             async with self.engines.use(model) as llm:
                 translator = self.translator(llm)
-                pair = await languages_of(text, source, target, translator)
+                offer, pickers = await self.offered(model, source, target)
+                yield {self.notice: ""} | pickers
+                pair = await languages_of(text, source, target, offer)
                 translation = Translation.of(text, pair[0].code, pair[1].code, detected=source == OPEN)
                 yield {
                     self.notice: "", self.title: title("Translate", model), self.result: shown(translation, busy=True),
@@ -174,7 +187,7 @@ class TranslatePage:
             if translation is not None:
                 history[translation.id] = translation
             return
-        updates: Updates = {
+        updates = {
             self.notice: notice(problem), self.go: gr.update(visible=True), self.stop: gr.update(visible=False),
         }  # fmt: skip
         if translation is not None:
@@ -186,7 +199,23 @@ class TranslatePage:
         if session in self.running:
             raise RequestError("A translation is being made: wait for its end, or stop it.")
 
-    def _stop(self, request: gr.Request) -> None:
+    async def offered(self, model: str, source: str, target: str) -> tuple[Offer, Updates]:
+        """The model's languages, and the pickers if they are known only now that it is loaded."""
+        known = self.offers.known(model)
+        offer = await asyncio.to_thread(self.offers.of, model)
+        return offer, {} if known or offer is ANY else self._pickers(offer, source, target)
+
+    async def _offer(self, model: str, source: str, target: str) -> Updates:
+        return self._pickers(await asyncio.to_thread(self.offers.of, model), source, target)
+
+    def _pickers(self, offer: Offer, source: str, target: str) -> Updates:
+        source, target = offer.settled(source, target)
+        return {
+            self.source: gr.update(choices=[_DETECT, *_choices(offer.sources)], value=source),
+            self.target: gr.update(choices=_choices(offer.targets), value=target),
+        }  # fmt: skip
+
+    async def _stop(self, request: gr.Request) -> None:
         run = self.running.get(str(request.session_hash))
         if run is not None:
             run.stop()
@@ -201,13 +230,17 @@ class TranslatePage:
             self.alternatives: gr.update(visible=False),
         }  # fmt: skip
 
-    def _swap(
-        self, request: gr.Request, text: str, source: str, target: str, translation: Translation | None
+    async def _swap(
+        self, request: gr.Request, text: str, source: str, target: str, translation: Translation | None, model: str
     ) -> Updates:
         if translation is not None and translation.original == text:  # the translation becomes the text
             source, text = translation.source, translation.text
         if source == OPEN:
             return {self.notice: notice("Choose a language to swap with, or translate a text first.")}
+        offer = await asyncio.to_thread(self.offers.of, model)
+        if offer.settled(target, source) != (target, source):
+            names = f"{language(target).name} to {language(source).name}"
+            return {self.notice: notice(f"This model does not translate from {names}.")}
         return self._leave(request) | {
             self.source: target, self.target: source, self.text: text, self.result: shown(None), self.translation: None,
         }  # fmt: skip
@@ -222,7 +255,7 @@ class TranslatePage:
         yield {self.notice: notice("Looking for other translations …", wrong=False)}
         try:
             async with self.engines.use(model) as llm:
-                pair = BY_CODE[translation.source], BY_CODE[translation.target]
+                pair = language(translation.source), language(translation.target)
                 found = await self.translator(llm).alternatives(one.source, *pair, CHOICES)
         except OctavoError as error:
             yield {self.notice: notice(sentence_of(error))}
@@ -257,21 +290,25 @@ class TranslatePage:
             self.plain: translation.text if translation is not None else "",
         }  # fmt: skip
 
-    def _start_anew(self, request: gr.Request, history: History) -> Updates:
+    async def _start_anew(self, request: gr.Request, history: History) -> Updates:
         return self._leave(request) | self._whole(None, history) | {self.text: ""}
 
-    def _open(self, request: gr.Request, id: str, history: History) -> Updates:
+    async def _open(self, request: gr.Request, id: str, history: History, model: str) -> Updates:
         one = history.get(id)
         if one is None:
-            return self._start_anew(request, history)
-        languages = {self.source: OPEN if one.detected else one.source, self.target: one.target}
+            return await self._start_anew(request, history)
+        wanted = OPEN if one.detected else one.source, one.target
+        offer = await asyncio.to_thread(self.offers.of, model)
+        languages = dict(zip((self.source, self.target), wanted, strict=True))
+        if offer.settled(*wanted) != wanted:  # another model's
+            languages = {}
         return self._leave(request) | self._whole(one, history) | languages | {self.text: one.original}
 
-    def _delete(self, request: gr.Request, id: str | None, history: History) -> Updates:
+    async def _delete(self, request: gr.Request, id: str | None, history: History) -> Updates:
         history.pop(id or "", None)
-        return self._start_anew(request, history)
+        return await self._start_anew(request, history)
 
-    def _load(self, request: gr.Request, kept: str) -> Updates:
+    async def _load(self, request: gr.Request, kept: str) -> Updates:
         history: History = {}
         opened: str = ""
         try:
@@ -282,10 +319,17 @@ class TranslatePage:
                     one = Translation.from_json(text)
                 except ValueError:
                     continue  # written by hand, or by another version
-                if one.source in BY_CODE and one.target in BY_CODE:
-                    history[one.id] = one
+                history[one.id] = one
         except (ValueError, TypeError, KeyError):
             logger.warning("the browser sent translations that cannot be read")
-        updates = self._open(request, opened, history)
-        text = updates[self.text]
-        return updates | {self.text: gr.update(value=text, interactive=True)}
+        model = self.engines.default  # a new page has chosen no other
+        updates = await self._open(request, opened, history, model)
+        offer = await asyncio.to_thread(self.offers.of, model)
+        if offer is not ANY:
+            pair = updates.get(self.source, OPEN), updates.get(self.target, "")
+            updates |= self._pickers(offer, *pair)
+        return updates | {self.text: gr.update(value=updates[self.text], interactive=True)}
+
+
+def _choices(languages: Sequence[Language]) -> list[tuple[str, str]]:
+    return [(one.name, one.code) for one in languages]

@@ -7,9 +7,10 @@ import asyncio
 
 from octavo.errors import RequestError
 
-from octavo_apps.languages import Language, detect
+from octavo_apps.detection import detect
+from octavo_apps.languages import Language, language
 from octavo_apps.look import notice
-from octavo_apps.translator import Translator
+from octavo_apps.offers import Offer
 
 OPEN = ""
 """The choice that leaves the source language open."""
@@ -26,25 +27,28 @@ def check_text(text: str) -> None:
         )
 
 
-async def languages_of(text: str, source: str, target: str, translator: Translator) -> tuple[Language, Language]:
-    """Source and target. Raises `RequestError` for languages that the model lacks."""
-    known = {language.code: language for language in translator.languages()}
-    code = source
+async def languages_of(text: str, source: str, target: str, offer: Offer) -> tuple[Language, Language]:
+    """Source and target. Raises `RequestError` for languages that the model lacks, and where the source is open and
+    not sure."""
     if source == OPEN:
-        found = await asyncio.to_thread(detect, text, known)
-        if found is None:
+        guess = await asyncio.to_thread(detect, text, offer.sources)
+        if guess is None:
             raise RequestError("This text has no letters: there is nothing to translate.")
-        code = found
-        if code not in known:
+        if not guess.sure:
+            names = " or ".join(one.name for one in (guess.found, *guess.near))
+            raise RequestError(f"It is not sure which language this text is in ({names}?): choose it under “From”.")
+        if guess.found not in offer.sources:
             raise RequestError(
-                f"This text seems to be in a language that the model lacks ({code}): if it is not, choose its language."
+                f"This text seems to be in {guess.found.name}, a language that the model lacks: if it is not, choose "
+                f"its language."
             )
-    for one in (code, target):
-        if one not in known:
-            raise RequestError(f"The model lacks the language {one!r}: choose another.")
-    if code == target:
-        raise RequestError(f"The text is in {known[code].name} already: choose another language to translate to.")
-    return known[code], known[target]
+        source = guess.found.code
+    for code, side, preposition in ((source, offer.sources, "from"), (target, offer.targets, "to")):
+        if language(code) not in side:
+            raise RequestError(f"The model does not translate {preposition} {language(code).name}: choose another.")
+    if source == target:
+        raise RequestError(f"The text is in {language(source).name} already: choose another language to translate to.")
+    return language(source), language(target)
 
 
 def loading(model: str) -> str:

@@ -41,7 +41,9 @@ class FileTab:
         page = self._page
         self.go.click(
             self._translate, [self.file, page.source, page.target, page.model],
-            [page.notice, page.title, self.progress, self.download, self.go, self.stop],
+            [
+                page.notice, page.title, self.progress, self.download, self.go, self.stop, page.source, page.target,
+            ],
             concurrency_limit=None, show_progress="hidden", api_visibility="private",
         )  # fmt: skip
         self.file.change(
@@ -69,7 +71,9 @@ class FileTab:
             }  # fmt: skip
             async with page.engines.use(model) as llm:
                 translator = page.translator(llm)
-                pair = await languages_of("\n".join(document.texts), source, target, translator)
+                offer, pickers = await page.offered(model, source, target)
+                yield {page.notice: ""} | pickers
+                pair = await languages_of("\n".join(document.texts), source, target, offer)
                 texts = [Translation.of(text, pair[0].code, pair[1].code) for text in document.texts]
                 items = [one for text in texts for one in text.sentences]
                 yield {page.notice: "", page.title: title("Translate", model)}
@@ -79,7 +83,7 @@ class FileTab:
             if run.stopped:
                 problem = "Stopped: there is no file."
             else:
-                new = await asyncio.to_thread(document.rebuilt, [text.text for text in texts])
+                new = await asyncio.to_thread(document.rebuilt, texts)
                 updates = {self.download: _offered(translated_name(name, pair[1].code), new)}
         except OctavoError as error:
             problem = sentence_of(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from octavo_apps.languages import BY_CODE, Language
+from octavo_apps.languages import Language, language
 from octavo_apps.translation import Translation
 
 CLICKED = """
@@ -32,7 +32,7 @@ def shown(translation: Translation | None, *, busy: bool = False) -> str:
     if translation is None:
         hint = '<p class="hint">The translation comes here.</p>'
         return f'<section class="result" aria-label="Translation">{hint}</section>'
-    names = [BY_CODE[code].name for code in (translation.source, translation.target)]
+    names = [escape(language(code).name) for code in (translation.source, translation.target)]
     found = " (detected)" if translation.detected else ""
     body = "".join(
         f'{escape(one.gap)}<span role="button" tabindex="0" data-sentence="{number}" '

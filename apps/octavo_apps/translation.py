@@ -13,14 +13,17 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Self
 
-from octavo_apps.languages import Language
-from octavo_apps.sentences import sentences
+from octavo.translation.sentences import cut, shortened
+
+from octavo_apps.languages import Language, is_language, language
 from octavo_apps.translator import Translator
 
 AT_ONCE = 16
 """Sentences of one caller that are in the engine together: others get their turn between them."""
 SECONDS_BETWEEN_SHOWS = 0.08
 TITLE_LENGTH = 40
+LONGEST = 600
+"""Characters of a sentence; a longer one is cut at a blank, because small models lose their way in it."""
 
 
 @dataclass
@@ -47,11 +50,14 @@ class Translation:
     @classmethod
     def of(cls, text: str, source: str, target: str, *, detected: bool = False) -> Self:
         """Nothing is translated yet."""
-        new, place = cls(secrets.token_hex(8), source, target, detected=detected, changed=time.time()), 0
-        for span in sentences(text):
-            new.sentences.append(Sentence(text[place : span.begin], text[span.begin : span.end]))
-            place = span.end
-        new.tail = text[place:]
+        new = cls(secrets.token_hex(8), source, target, detected=detected, changed=time.time())
+        for piece in cut(text, language(source).base):
+            for one in shortened(piece, _short) if not _short(piece.text) else [piece]:
+                new.tail += one.before
+                if one.text:
+                    new.sentences.append(Sentence(new.tail, one.text))
+                    new.tail = ""
+                new.tail += one.after
         return new
 
     @property
@@ -82,7 +88,13 @@ class Translation:
             raise ValueError(f"not a translation: {error}") from error
         if not all(isinstance(value, str) for value in (new.id, new.source, new.target, new.tail)):
             raise ValueError("not a translation: its texts are none")
+        if not (is_language(new.source) and is_language(new.target)):
+            raise ValueError("not a translation: its languages are none")
         return new
+
+
+def _short(text: str) -> bool:
+    return len(text) <= LONGEST
 
 
 class Run:
@@ -120,9 +132,7 @@ class Run:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _one(
-        self, item: Sentence, stream: Callable[[], AsyncGenerator[str]], room: asyncio.Semaphore
-    ) -> None:
+    async def _one(self, item: Sentence, stream: Callable[[], AsyncGenerator[str]], room: asyncio.Semaphore) -> None:
         try:
             async with room:
                 item.text = ""

@@ -11,7 +11,7 @@ from octavo.async_llm import AsyncLLM
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
 
-from octavo_apps.languages import ALL, Language
+from octavo_apps.languages import Language
 
 TOKENS_PER_TOKEN = 3
 """An answer may have so many times the tokens of its sentence: some languages need more for the same."""
@@ -20,9 +20,6 @@ LEAST_TOKENS = 48
 
 class Translator(Protocol):
     """Translates sentences on an engine."""
-
-    def languages(self) -> Sequence[Language]:
-        """Those that it translates from and to."""
 
     def stream(self, sentence: str, source: Language, target: Language) -> AsyncGenerator[str]:
         """Pieces of the translation. Closing the generator ends the request. Raises `OctavoError`."""
@@ -40,10 +37,6 @@ class ModelTranslator:
 
     def __init__(self, llm: AsyncLLM) -> None:
         self._llm = llm
-
-    def languages(self) -> Sequence[Language]:
-        scheme = self._llm.engine.scheme
-        return ALL if scheme is None else [language for language in ALL if scheme.knows(language.code)]
 
     async def stream(self, sentence: str, source: Language, target: Language) -> AsyncGenerator[str]:
         pieces = self._llm.translate_stream(
@@ -70,9 +63,6 @@ class ChatTranslator:
 
     def __init__(self, llm: AsyncLLM) -> None:
         self._llm = llm
-
-    def languages(self) -> Sequence[Language]:
-        return ALL
 
     async def stream(self, sentence: str, source: Language, target: Language) -> AsyncGenerator[str]:
         prompt = self._prompt(sentence, source, target)

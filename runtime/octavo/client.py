@@ -105,7 +105,7 @@ class Client:
             f"octavo-{next(_numbers)}", ids, params, sink,
             max_tokens=self._max_tokens(len(ids), params, source_ids),
             eos_token_ids=[*engine.model_config.eos_token_ids, *engine.tokenizer.eos_token_ids],
-            bad_word_ids=[*self._bad_words(params), *getattr(engine.model_config, "bad_word_ids", ())],
+            bad_word_ids=[*self._bad_words(params), *engine.model_config.bad_word_ids],
             seed=params.seed if params.seed is not None else random.Random((engine.config.seed << 32) +
             number).getrandbits(62), priority=priority, cache_salt=salt, source_ids=source_ids,
             length_offset=forced,

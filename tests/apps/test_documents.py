@@ -17,13 +17,19 @@ from docx.shared import Pt
 from hypothesis import given
 from hypothesis import strategies as st
 from octavo_apps.documents import DocumentError, open_document, translated_name
+from octavo_apps.translation import Translation
 
 Change = Callable[[str], str]
 
 
 def rebuilt(name: str, data: bytes, change: Change = str) -> bytes:
+    """The change is made to each sentence."""
     document = open_document(name, data)
-    return document.rebuilt([change(text) for text in document.texts])
+    texts = [Translation.of(text, "en", "de") for text in document.texts]
+    for text in texts:
+        for sentence in text.sentences:
+            sentence.text = change(sentence.source)
+    return document.rebuilt(texts)
 
 
 # -- plain text ------------------------------------------------------------------------------------------------------

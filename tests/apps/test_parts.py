@@ -15,11 +15,11 @@ from markdown_it import MarkdownIt
 from octavo import AsyncLLM, RequestError, SamplingParams, StructuredOutputsParams
 from octavo_apps.answering import Answer
 from octavo_apps.conversation import Conversation, Turn
+from octavo_apps.detection import Guess, detect
 from octavo_apps.engines import Engines
-from octavo_apps.languages import ALL, BY_CODE, detect
+from octavo_apps.languages import language, large
 from octavo_apps.markdown import defused, fused
-from octavo_apps.sentences import LONGEST, sentences
-from octavo_apps.translation import Sentence, Translation
+from octavo_apps.translation import LONGEST, Sentence, Translation
 
 # -- Markdown --------------------------------------------------------------------------------------------------------
 
@@ -173,23 +173,20 @@ async def test_engines_stay_while_they_are_used_and_two_while_they_are_not(tiny_
 # -- sentences and languages -----------------------------------------------------------------------------------------
 
 
-def cut(text: str) -> list[str]:
-    return [text[span.begin : span.end] for span in sentences(text)]
-
-
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("code", "text", "found"),
     [
-        ("Dr. Smith came at 3 p.m. on the 5. day! Really?", ["Dr. Smith came at 3 p.m. on the 5. day!", "Really?"]),
-        ("One.\n\nTwo … three. (Four.) “Five.” Six", ["One.", "Two … three.", "(Four.)", "“Five.”", "Six"]),
-        ("こんにちは。元気ですか？はい！", ["こんにちは。", "元気ですか？", "はい！"]),
-        ("Das kostet 3.50 Euro, d.h. wenig. J. R. Smith weiß es.",
-         ["Das kostet 3.50 Euro, d.h. wenig.", "J. R. Smith weiß es."]),
-        ("", []), (" \n ", []), ("no end", ["no end"]),
+        ("en", "Dr. Smith came at 3 p.m. to the house! Really?", ["Dr. Smith came at 3 p.m. to the house!", "Really?"]),
+        ("en", " One.\n\nTwo and three.  Six\n", ["One.", "Two and three.", "Six"]),
+        ("ja", "こんにちは。元気ですか？はい！", ["こんにちは。", "元気ですか？", "はい！"]),
+        ("de", "Das kostet 3.50 Euro, d.h. wenig. Er kam am 5. Mai.", ["Das kostet 3.50 Euro, d.h. wenig.",
+         "Er kam am 5. Mai."]),
+        ("hi", "यह एक वाक्य है। यह दूसरा है।", ["यह एक वाक्य है।", "यह दूसरा है।"]),
+        ("aka_Latn", "", []), ("fr", " \n ", []), ("zh-Hant", "no end", ["no end"]),
     ],
 )  # fmt: skip
-def test_where_sentences_end(text: str, found: list[str]) -> None:
-    assert cut(text) == found
+def test_where_sentences_end(code: str, text: str, found: list[str]) -> None:
+    assert [one.source for one in Translation.of(text, code, "fr").sentences] == found
 
 
 @given(st.text(st.sampled_from("ab .!?\n,。\t"), max_size=3000))
@@ -218,12 +215,45 @@ def test_what_is_no_translation_is_a_value_error() -> None:
         ("en", "Where is the station?"), ("de", "Wo ist der Bahnhof?"), ("fr", "Où est la gare ?"),
         ("es", "¿Dónde está la estación?"), ("ru", "Где находится станция?"), ("ja", "駅はどこですか。"),
         ("zh", "车站在哪里?"), ("ar", "أين المحطة؟"), ("sv", "Var ligger stationen?"), ("pl", "Gdzie jest stacja?"),
+        ("ja", "ありがとう"), ("el", "Ευχαριστώ"), ("ko", "감사합니다"), ("tr", "Teşekkür ederim"),
+        ("en", "How are you?"),
     ],
 )  # fmt: skip
 def test_languages_are_detected(code: str, text: str) -> None:
-    assert detect(text, BY_CODE) == code
+    guess = detect(text, large())
+    assert guess is not None
+    assert (guess.found.code, guess.sure) == (code, True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["OK", "Internet", "Berlin", "Merci !", "chat", "Hallo", "Danke", "Hello", "table", "Hola", "Ciao", "Hej", "Привет",
+     "Bom dia", "Le titre", "A", "né"],
+)  # fmt: skip
+def test_a_word_or_two_are_not_sure(text: str) -> None:
+    guess = detect(text, large())
+    assert guess is not None
+    assert not guess.sure
+    assert len({guess.found, *guess.near}) == 3
+
+
+def test_detection_keeps_to_the_languages_of_the_model() -> None:
+    """What two languages share is in the one that the model reads; what is surely in another is not."""
+    assert detect("Buenos días", large()) == Guess(language("es"), False, [language("gl"), language("pt")])
+    assert detect("Buenos días", [language("gl"), language("zh")]) == Guess(language("gl"), True, [language("zh")])
+    assert detect("table", [language("fr"), language("en")]) == Guess(language("fr"), False, [language("en")])
+    assert detect("Danke", [language("de"), language("fr")]) == Guess(language("de"), True, [language("fr")])
+    french = detect("Le chat est sur la table.", [language("en")])
+    assert french == Guess(language("fr"), True)
+    chinese = detect("车站在哪里?", [language("zh-Hant"), language("zh")])
+    assert chinese == Guess(language("zh"), True)
+    assert detect("Danke", [language("kbp")]) == Guess(language("da"), False)
 
 
 def test_a_text_without_letters_is_in_no_language() -> None:
-    assert detect("12 + 3 = 15!", BY_CODE) is None
-    assert len({language.name for language in ALL}) == len(ALL) == len(BY_CODE)
+    assert detect("12 + 3 = 15!", large()) is None
+
+
+def test_the_large_languages_have_names() -> None:
+    assert len(large()) == len({one.name for one in large()}) == 60
+    assert {"Filipino", "Norwegian", "Chinese", "Persian"} < {one.name for one in large()}

@@ -139,12 +139,13 @@ def test_generation_config_adds_ends_and_defaults(tmp_path: Path) -> None:
     files = write(tmp_path, sound(eos_token_id=2))
     write(
         tmp_path,
-        {"eos_token_id": [7, 2], "temperature": 0.6, "top_p": 0.9, "do_sample": True},
+        {"eos_token_id": [7, 2], "temperature": 0.6, "top_p": 0.9, "do_sample": True, "bad_words_ids": [[5], [1, 2]]},
         "generation_config.json",
     )
     config = load_config(files)
     assert config.eos_token_ids == (7, 2)
     assert config.generation_defaults == {"temperature": 0.6, "top_p": 0.9, "do_sample": True}
+    assert config.bad_word_ids == ((5,), (1, 2))
     assert hash(config) == hash(load_config(files))
 
 

@@ -4,7 +4,10 @@ shared and given back."""
 from __future__ import annotations
 
 import random
+from collections import Counter
 from functools import cache
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,6 +122,31 @@ def test_greedy_tokens_are_those_of_transformers_in_any_batch(made: Any, name: s
             assert driver.tokens[request.request_id, 0] == expected[place], (name, settings, place)
         preemptions += driver.core.scheduler.preemptions
     assert preemptions > 0
+
+
+def test_tokens_that_the_model_must_not_make_are_never_made(made: Any, tmp_path: Path) -> None:
+    """Marian forbids its padding, which it hardly likes anyway: here it may not make what it likes most."""
+    batch = sources(8, seed=5)
+    free = theirs(made("marian")[0], *batch)
+    liked = [token for token, _ in Counter(token for tokens in free for token in tokens).most_common(3)]
+    runs = (list(run) for tokens in free for run in pairwise(tokens) if {*liked}.isdisjoint(run))
+    run = next(run for run in runs if run[0] != run[1])
+    model = make_seq2seq("marian", tmp_path)
+    model.generation_config.bad_words_ids = [*([token] for token in liked), run]
+    model.generation_config.save_pretrained(tmp_path)
+    parts = Seq2SeqParts(tmp_path)
+    assert (parts.config.never_ids, parts.config.bad_word_ids) == (tuple(liked), (tuple(run),))
+    driver = Driver(parts.core())
+    searched = {"use_beam_search": True, "beam_width": 3}
+    settings: list[dict[str, Any]] = [{}, {"repetition_penalty": 1.5}, searched, searched | {"repetition_penalty": 1.5}]
+    asked = [[add(driver, parts, source, **params) for source in batch] for params in settings]
+    driver.run()
+    for params, requests in zip(settings, asked, strict=True):
+        beams, penalty = params.get("beam_width", 1), params.get("repetition_penalty", 1.0)
+        found = [driver.tokens[request.request_id, 0] for request in requests]
+        assert found == theirs(model, *batch, beams=beams, penalty=penalty)
+        assert found != free
+        assert {*liked}.isdisjoint(token for tokens in found for token in tokens)
 
 
 SEARCHES: list[dict[str, Any]] = [
@@ -351,7 +379,7 @@ def test_generation_settings_win() -> None:
     given = {"forced_bos_token_id": 7, "bad_words_ids": [[9], [1, 2]], "eos_token_id": [3, 4], "num_beams": 5}
     config = read("marian", {"bad_words_ids": [[5]], "eos_token_id": 0}, given)
     assert config.forced_bos_token_id == 7
-    assert config.bad_word_ids == ((9,), (1, 2))
+    assert (config.never_ids, config.bad_word_ids) == ((9,), ((1, 2),))
     assert config.eos_token_ids == (3, 4, 0)
     assert read("t5", {"tie_word_embeddings": False}).scales_head is False
     assert read("t5", {}).scales_head is True

@@ -19,7 +19,7 @@ from octavo import LLM, AsyncLLM, SamplingParams
 from octavo.errors import ConfigError, ModelFileError, RequestError, UnsupportedModelError
 from octavo.models.seq2seq_config import load_seq2seq_config
 from octavo.models.sources import resolve
-from octavo.translation.languages import Languages, parse
+from octavo.translation.languages import Languages, language_name, parse
 from octavo.translation.scheme import Scheme, load_scheme
 from octavo.translation.sentences import cut, shortened
 
@@ -144,12 +144,20 @@ def test_other_translations_of_each_sentence(engines: Any) -> None:
 
 
 def test_which_languages_a_model_knows(made: Any) -> None:
-    known = {kind: [code for code in ("en", "de", "eu") if made(kind)[3].knows(code)] for kind in KINDS}
-    everything = ["en", "de", "eu"]
-    assert known["m2m100"] == known["marian"] == ["en", "de"]
-    assert known["nllb"] == everything
-    assert known["marian-many"] == known["t5"] == known["madlad"] == everything
-    assert not made("nllb")[3].knows("no language")
+    known = {kind: made(kind)[3].known() for kind in KINDS}
+    assert len(known["nllb"][0]) == 202
+    assert {"fr", "zh", "zh-Hant", "fo", "ace-Arab"} < {*known["nllb"][0]}
+    assert len(known["m2m100"][0]) == 100
+    assert {"fr", "zh", "nso"} < {*known["m2m100"][0]}
+    assert known["marian"] == (("en",), ("de",))
+    assert known["marian-many"][0] is known["madlad"][0] is None
+    assert {"fr", "de"} <= {*known["marian-many"][1]}
+    assert known["t5"] == (None, None)
+    for kind in ("nllb", "m2m100"):
+        scheme = made(kind)[3]
+        assert known[kind][0] == known[kind][1]
+        assert {scheme.languages(tag, tag) for tag in known[kind][0]} == {(code, code) for code in scheme.tokens}
+        assert len({language_name(tag) for tag in known[kind][0]}) == len(known[kind][0])
 
 
 def test_sentences_longer_than_the_model_reads_are_cut(engines: Any) -> None:

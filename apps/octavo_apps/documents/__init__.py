@@ -12,6 +12,8 @@ from typing import Protocol
 
 from octavo.errors import OctavoError
 
+from octavo_apps.translation import Translation
+
 
 class DocumentError(OctavoError, ValueError):
     """A file is of a kind that is not known, or is broken."""
@@ -24,8 +26,8 @@ class Document(Protocol):
     def texts(self) -> Sequence[str]:
         """What is to be translated, in the file's order; each has a letter in it."""
 
-    def rebuilt(self, texts: Sequence[str]) -> bytes:
-        """The file with `texts` in place of its own, one for each. May be called again with others."""
+    def rebuilt(self, texts: Sequence[Translation]) -> bytes:
+        """The file with these in place of its texts, one for each. May be called again with others."""
 
 
 LARGEST = 20_000_000

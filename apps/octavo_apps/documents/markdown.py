@@ -13,6 +13,7 @@ from markdown_it.token import Token
 
 from octavo_apps.documents.encoding import TextFile
 from octavo_apps.documents.parts import Parts, dealt
+from octavo_apps.translation import Translation
 
 _KEPT = re.compile(
     r"(?P<ticks>`+)(?:(?!`).|(?<!`)`+(?!`))*?(?<!`)(?P=ticks)(?!`)"  # code
@@ -47,9 +48,9 @@ class MarkdownDocument:
         self._places = list(self._find())
         self.texts = [text for place in self._places for text in place.parts.texts]
 
-    def rebuilt(self, texts: Sequence[str]) -> bytes:
+    def rebuilt(self, texts: Sequence[Translation]) -> bytes:
         lines: list[str | None] = list(self._lines)
-        shares = list(dealt(texts, [place.parts for place in self._places]))
+        shares = list(dealt([one.text for one in texts], [place.parts for place in self._places]))
         for place, share in reversed(list(zip(self._places, shares, strict=True))):  # cells of a row: the last first
             first, last = lines[place.first], lines[place.last]
             assert first is not None

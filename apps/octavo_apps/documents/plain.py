@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from octavo_apps.documents.encoding import TextFile
 from octavo_apps.documents.parts import Parts, dealt
+from octavo_apps.translation import Translation
 
 _WRAPPED = range(50, 110)
 """Lengths of lines that look wrapped by hand, all but a paragraph's last."""
@@ -33,8 +34,8 @@ class PlainDocument:
         self._paragraphs = list(_paragraphs(self._file.text))
         self.texts = [text for paragraph in self._paragraphs for text in paragraph.parts.texts]
 
-    def rebuilt(self, texts: Sequence[str]) -> bytes:
-        shares = dealt(texts, [paragraph.parts for paragraph in self._paragraphs])
+    def rebuilt(self, texts: Sequence[Translation]) -> bytes:
+        shares = dealt([one.text for one in texts], [paragraph.parts for paragraph in self._paragraphs])
         lines = [paragraph.joined(share) for paragraph, share in zip(self._paragraphs, shares, strict=True)]
         return self._file.bytes_of("\n".join(lines))
 

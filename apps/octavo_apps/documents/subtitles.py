@@ -11,6 +11,7 @@ import srt
 from octavo_apps.documents import DocumentError
 from octavo_apps.documents.encoding import TextFile
 from octavo_apps.documents.parts import Parts, dealt
+from octavo_apps.translation import Translation
 
 _TAGS = re.compile(r"</?[a-zA-Z][^>\n]*>|\{\\[^}\n]*\}|^[-–—]\s*|♪")
 
@@ -30,8 +31,8 @@ class SubtitleDocument:
         self._parts = [Parts.split(text, _TAGS) for content in self._contents for text, _ in content]
         self.texts = [text for parts in self._parts for text in parts.texts]
 
-    def rebuilt(self, texts: Sequence[str]) -> bytes:
-        shares = dealt(texts, self._parts)
+    def rebuilt(self, texts: Sequence[Translation]) -> bytes:
+        shares = dealt([one.text for one in texts], self._parts)
         joined = iter([parts.joined(share) for parts, share in zip(self._parts, shares, strict=True)])
         subtitles = []
         for subtitle, content in zip(self._subtitles, self._contents, strict=True):

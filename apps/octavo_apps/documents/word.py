@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import docx
@@ -17,7 +16,7 @@ from docx.oxml.ns import qn
 from lxml import etree
 
 from octavo_apps.documents import DocumentError
-from octavo_apps.sentences import sentences
+from octavo_apps.translation import Translation
 
 _TEXT, _PARAGRAPH = qn("w:t"), qn("w:p")
 _BETWEEN = frozenset(
@@ -31,14 +30,25 @@ LARGEST_INSIDE = 200_000_000
 """Bytes of all files in the document, unpacked."""
 
 
-@dataclass
-class _Piece:
-    """A sentence, and the element that takes its translation. `before` and `after` are blanks around it."""
+class _Stretch:
+    """Texts that read on without a break: elements, and what each held."""
 
-    element: Any
-    before: str
-    text: str
-    after: str
+    def __init__(self, elements: Sequence[Any]) -> None:
+        self.elements = [(element, element.text or "") for element in elements]
+        self.text = "".join(text for _, text in self.elements)
+        self.speaks = any(map(str.isalpha, self.text))
+
+    def shared_out(self, translation: Translation) -> Iterator[tuple[Any, str]]:
+        """Each sentence to the element that most of it stood in, with the blanks before it."""
+        owners = [element for element, text in self.elements for _ in text]
+        place = 0
+        for one in translation.sentences:
+            place += len(one.gap)
+            own = owners[place : place + len(one.source)]
+            most = max(dict.fromkeys(own), key=own.count)
+            yield most, one.gap + one.text
+            place += len(one.source)
+        yield owners[-1], translation.tail
 
 
 class WordDocument:
@@ -55,18 +65,16 @@ class WordDocument:
             if isinstance(error, DocumentError):
                 raise
             raise DocumentError(f"{name} is broken, or no Word document: {error}") from error
-        self._pieces = [piece for root in self._roots() for piece in _pieces(root)]
-        self.texts = [piece.text for piece in self._pieces if _speaks(piece)]
+        self._stretches = [stretch for root in self._roots() for stretch in _stretches_of(root) if stretch.speaks]
+        self.texts = [stretch.text for stretch in self._stretches]
 
-    def rebuilt(self, texts: Sequence[str]) -> bytes:
-        own: dict[Any, str] = {}
-        given = iter(texts)
-        for piece in self._pieces:
-            text = next(given) if _speaks(piece) else piece.text
-            own[piece.element] = own.get(piece.element, "") + piece.before + text + piece.after
-        for root in self._roots():
-            for element in root.iter(_TEXT):
-                element.text = own.get(element, "")
+    def rebuilt(self, texts: Sequence[Translation]) -> bytes:
+        for stretch, translation in zip(self._stretches, texts, strict=True):
+            new = dict.fromkeys((element for element, _ in stretch.elements), "")
+            for element, text in stretch.shared_out(translation):
+                new[element] += text
+            for element, text in new.items():
+                element.text = text
                 element.set("{http://www.w3.org/XML/1998/namespace}space", "preserve")
         for part, root in self._notes:
             part._blob = etree.tostring(root, xml_declaration=True, encoding="UTF-8", standalone=True)
@@ -94,14 +102,9 @@ class WordDocument:
                 yield relation.target_part, parse_xml(relation.target_part.blob)
 
 
-def _speaks(piece: _Piece) -> bool:
-    return any(map(str.isalpha, piece.text))
-
-
-def _pieces(root: Any) -> Iterator[_Piece]:
+def _stretches_of(root: Any) -> Iterator[_Stretch]:
     for paragraph in root.iter(_PARAGRAPH):
-        for elements in _stretches(paragraph):
-            yield from _sentences(elements)
+        yield from map(_Stretch, _stretches(paragraph))
 
 
 def _stretches(paragraph: Any) -> Iterator[list[Any]]:
@@ -122,18 +125,3 @@ def _stretches(paragraph: Any) -> Iterator[list[Any]]:
 
 def _link(element: Any) -> Any:
     return next(element.iterancestors(qn("w:hyperlink")), None)
-
-
-def _sentences(elements: Sequence[Any]) -> Iterator[_Piece]:
-    text = "".join(element.text or "" for element in elements)
-    owners = [element for element in elements for _ in element.text or ""]
-    spans = sentences(text)
-    place = 0
-    for number, span in enumerate(spans):
-        last = number == len(spans) - 1
-        own = owners[span.begin : span.end]
-        most = max(dict.fromkeys(own), key=own.count)
-        yield _Piece(most, text[place : span.begin], text[span.begin : span.end], text[span.end :] if last else "")
-        place = span.end
-    if not spans and text:
-        yield _Piece(owners[0], text, "", "")

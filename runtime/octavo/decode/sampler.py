@@ -7,12 +7,14 @@ not depend on its neighbours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from octavo_kernels import forbid_tokens, gumbel_sample, top_k_top_p_min_p
 
+from octavo.decode.processors import NEVER
 from octavo.decode.row import RowSampling
 from octavo.execute.rows import BestLogits, highest, log_softmax, log_sums, most_likely
 from octavo.execute.table import FLOATS, RowTable
@@ -123,13 +125,17 @@ def join(parts: list[tuple[list[int], Sampled]]) -> Sampled:
 
 
 class Sampler:
-    def __init__(self, table: RowTable) -> None:
+    """`never`: tokens that no row may make, whatever its parameters."""
+
+    def __init__(self, table: RowTable, never: Sequence[int] = ()) -> None:
         self.table = table
+        self._never = to_device(never, torch.int64, table.device) if never else None
 
     def sample(self, batch: SampledRows, mask: Mask | None = None) -> Sampled:
         logits, rows, sampling, lengths = batch.logits, batch.rows, batch.sampling, batch.lengths
         wanting = [i for i, row in enumerate(sampling) if row.logprobs is not None]
         reported = torch.log_softmax(_pick(logits, wanting), dim=-1, dtype=torch.float32) if wanting else None
+        self._forbid(logits)
         if mask is None and all(row.plain and row.greedy for row in sampling):
             tokens = most_likely(logits)
         else:
@@ -156,12 +162,14 @@ class Sampler:
         and penalties change log-probabilities here, not logits, as in transformers' beam search."""
         if any(row.penalised for row in batch.sampling):
             values = log_softmax(batch.logits)
+            self._forbid(values)
             self._process(values, batch.sampling, batch.host_rows, batch.lengths)
             self._penalise(values, batch.rows, batch.sampling, batch.lengths)
             best, tokens = highest(values, min(keep, values.shape[1]))
             return self.extend(BestLogits(best, tokens, torch.zeros(len(best), device=best.device)), scores)
         # what processors forbid or add is the same in logits, and the sum is taken off a few of them
         sums, values = log_sums(batch.logits), batch.logits
+        self._forbid(values)
         if not all(row.plain for row in batch.sampling):
             values = values.float()
             self._process(values, batch.sampling, batch.host_rows, batch.lengths)
@@ -177,6 +185,15 @@ class Sampler:
         candidates = DeviceCandidates(best.tokens[:size], reached, list(range(size)))
         nothing = torch.zeros(size, dtype=torch.int64, device=reached.device)
         return Sampled(nothing, None, [], candidates)
+
+    @property
+    def forbids(self) -> bool:
+        """There are tokens that no row may make."""
+        return self._never is not None
+
+    def _forbid(self, logits: torch.Tensor) -> None:
+        if self._never is not None:
+            logits.index_fill_(1, self._never, NEVER)
 
     def _process(
         self, logits: torch.Tensor, sampling: list[RowSampling], host_rows: list[int], lengths: list[int]

@@ -5,6 +5,7 @@ The runner sees plans and rows, never requests; the model sees token ids, positi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -27,9 +28,13 @@ PROMPT_LOGPROB_TILE = 256
 
 
 class Runner:
-    def __init__(self, model: Model, kv: KVCache, table: RowTable, attention: AttentionBackend) -> None:
+    """`never`: tokens that it never makes."""
+
+    def __init__(
+        self, model: Model, kv: KVCache, table: RowTable, attention: AttentionBackend, never: Sequence[int] = ()
+    ) -> None:
         self.model, self.kv, self.table, self.attention = model, kv, table, attention
-        self.sampler = Sampler(table)
+        self.sampler = Sampler(table, never)
         self.waits_for_masks = table.device.type != "cpu"
         """Steps overlap, so the masks of one wait for the tokens of the step before."""
 
@@ -63,7 +68,7 @@ class Runner:
         packed = table.send([*host_rows, *lengths, *last, *last[:1] * padding], torch.int64)
         rows, positions, chosen = torch.split(packed, [size, size, size + padding])
         states, asked = take(hidden, chosen), self._sampling(host_rows)
-        if len(plan.searched) == size and all(row.plain for row in asked):
+        if len(plan.searched) == size and not self.sampler.forbids and all(row.plain for row in asked):
             best = self._best(states, max(step.keep for step in plan.searched))
             return self.sampler.extend(best, [step.score for step in plan.searched])
         batch = SampledRows(self.model.logits(states)[:size], rows, positions, asked, host_rows, lengths)

@@ -111,6 +111,7 @@ def core_around(
     runner = Seq2SeqRunner(
         model, make_kv_cache(config, resolved), RowTable(rows, length, size, config.vocab_size, device),
         _attention(device, resolved.dtype, config, size), SourceTable(rows, length, size, KV_PAD, device),
+        config.never_ids,
     )  # fmt: skip
     return EngineCore(scheduler, runner, depth=resolved.depth, turns=turns)
 

@@ -80,9 +80,10 @@ class Seq2SeqRunner(Runner):
     model: Seq2SeqModel
 
     def __init__(
-        self, model: Seq2SeqModel, kv: KVCache, table: RowTable, attention: AttentionBackend, sources: SourceTable
-    ) -> None:
-        super().__init__(model, kv, table, attention)
+        self, model: Seq2SeqModel, kv: KVCache, table: RowTable, attention: AttentionBackend, sources: SourceTable,
+        never: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        super().__init__(model, kv, table, attention, never)
         self.sources = sources
 
     def _context(self, plan: StepPlan, inputs: StepInputs) -> ForwardContext:

@@ -83,6 +83,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     pad_token_id: int | None = None
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
+    """What the model must not make, by its own configuration."""
     generation_defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
     stored: tuple[tuple[str, int], ...] = field(default=(), compare=False, repr=False)
     """Type and elements of each matrix of a GGUF file."""
@@ -251,6 +253,7 @@ def parse_config(
             eos_token_ids=tuple(eos),
             bos_token_id=f.token_id("bos_token_id") if qwen or "bos_token_id" in values else 1,
             pad_token_id=next((t for t in (*f.token_ids("pad_token_id"), *g.token_ids("pad_token_id"))), None),
+            bad_word_ids=_bad_words(g),
             generation_defaults=_generation_defaults(g),
         ),
         f,
@@ -388,6 +391,19 @@ def _generation_defaults(g: Fields) -> dict[str, Any]:
             raise g.bad(key, f"cannot be {_short(value)}")
         found[key] = value
     return found
+
+
+def _bad_words(f: Fields) -> tuple[tuple[int, ...], ...]:
+    words = f.values.get("bad_words_ids")
+    if words is None:
+        return ()
+    sound = isinstance(words, list) and len(words) <= 1024 and all(
+        isinstance(word, list) and word and all(isinstance(token, int) and token >= 0 for token in word)
+        for word in words
+    )  # fmt: skip
+    if not sound:
+        raise f.bad("bad_words_ids", f"must be a list of lists of token ids, not {_short(words)}")
+    return tuple(tuple(word) for word in words)
 
 
 def _short(value: object) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from octavo.errors import UnsupportedModelError
-from octavo.models.config import Fields, ModelConfig, _dtype, _generation_defaults, _short, read_json
+from octavo.models.config import Fields, ModelConfig, _bad_words, _dtype, _generation_defaults, _short, read_json
 from octavo.models.encoder_config import ACTIVATIONS
 from octavo.models.sources import ModelFiles
 
@@ -65,8 +65,10 @@ class Seq2SeqConfig:
     relative_buckets: int = 0
     """Of the bias by distance, in encoder and decoder; 0 for models with positions."""
     relative_max_distance: int = 0
+    never_ids: tuple[int, ...] = ()
+    """Tokens that the model must not make, by its own configuration: Marian's padding."""
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
-    """What the model must not make, by its own configuration."""
+    """Runs of several tokens that it must not make."""
     forced_bos_token_id: int | None = None
     """The first token of every output, unless a language gives another."""
     generation_defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -126,19 +128,21 @@ def parse_seq2seq_config(f: Fields, g: Fields) -> Seq2SeqConfig:
     eos = dict.fromkeys((*g.token_ids("eos_token_id"), *f.token_ids("eos_token_id")))
     defaults = {"m2m_100": 2, "marian": 0, "t5": 1, "mt5": 1}
     forced = g.token_id("forced_bos_token_id")
+    words = _bad_words(g) or _bad_words(f)
     config = Seq2SeqConfig(
         architecture=architecture,
         model_type=kind,
         pad_token_id=pad,
         eos_token_ids=tuple(eos) or (defaults[kind],),
         decoder_start_token_id=_first(g, f, "decoder_start_token_id", starts[kind]),
-        bad_word_ids=_bad_words(g) or _bad_words(f),
+        never_ids=tuple(word[0] for word in words if len(word) == 1),
+        bad_word_ids=tuple(word for word in words if len(word) > 1),
         forced_bos_token_id=f.token_id("forced_bos_token_id") if forced is None else forced,
         dtype=_dtype(f),
         generation_defaults=_generation_defaults(g),
         **shape,
     )
-    tokens = (config.pad_token_id, *config.eos_token_ids, config.decoder_start_token_id)
+    tokens = (config.pad_token_id, *config.eos_token_ids, config.decoder_start_token_id, *config.never_ids)
     if max(tokens) >= config.vocab_size:
         raise f.bad("vocab_size", f"is {config.vocab_size}, but a special token is {max(tokens)}")
     return config
@@ -240,19 +244,6 @@ def _first(g: Fields, f: Fields, key: str, default: int) -> int:
         if token is not None:
             return token
     return default
-
-
-def _bad_words(f: Fields) -> tuple[tuple[int, ...], ...]:
-    words = f.values.get("bad_words_ids")
-    if words is None:
-        return ()
-    sound = isinstance(words, list) and len(words) <= 1024 and all(
-        isinstance(word, list) and word and all(isinstance(token, int) and token >= 0 for token in word)
-        for word in words
-    )  # fmt: skip
-    if not sound:
-        raise f.bad("bad_words_ids", f"must be a list of lists of token ids, not {_short(words)}")
-    return tuple(tuple(word) for word in words)
 
 
 def refuse_on(config: Seq2SeqConfig, device: str) -> None:

@@ -14,6 +14,8 @@ from octavo.errors import RequestError
 
 _MACRO = {"nb": "no", "pbt": "ps", "quy": "qu", "fuv": "ff", "ayr": "ay", "dik": "din", "taq": "tmh", "ber": "tzm"}
 """Languages that are the usual member of a larger one, where CLDR does not say so."""
+_MISNAMED = {"ns": "nso"}
+"""Northern Sotho, as M2M100 calls it."""
 _NOT_A_NAME = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
 
 
@@ -31,7 +33,8 @@ class Language:
         import langcodes
 
         try:
-            found = langcodes.get(langcodes.standardize_tag(tag.replace("_", "-"), macro=True), normalize=False)
+            tag = _MISNAMED.get(tag, tag).replace("_", "-")
+            found = langcodes.get(langcodes.standardize_tag(tag, macro=True), normalize=False)
         except (ValueError, LookupError):
             return None
         code = found.language
@@ -95,10 +98,16 @@ class Languages:
         self.codes = tuple(codes)
         self._parsed = [(code, parsed) for code in self.codes if (parsed := Language.of(code)) is not None]
 
-    def has(self, name: str) -> bool:
-        """`find` would find it."""
-        wanted = _parse(name)
-        return wanted is not None and any(wanted.fit(parsed) for _, parsed in self._parsed)
+    def tags(self) -> tuple[str, ...]:
+        """For each code the shortest BCP 47 tag that means it, as "fr" and "zh-Hant"; the code itself where none does.
+        `find` takes them."""
+        parsed = dict(self._parsed)
+        return tuple(self._tag(code, parsed[code]) if code in parsed else code for code in self.codes)
+
+    def _tag(self, code: str, parsed: Language) -> str:
+        language, script, region = parsed.code, parsed.script, parsed.region
+        tags = (language, f"{language}-{script}", f"{language}-{region}", f"{language}-{script}-{region}")
+        return next((tag for tag in tags if Language.of(tag) and self.find(tag, "language") == code), code)
 
     def find(self, name: object, field: str) -> str:
         """The model's code for what a user typed. Raises `RequestError`."""

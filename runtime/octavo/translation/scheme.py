@@ -35,8 +35,9 @@ class Scheme(ABC):
         model does not know, and for one that it must be told."""
 
     @abstractmethod
-    def knows(self, language: str) -> bool:
-        """It translates from this language or to it, as far as can be told."""
+    def known(self) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+        """Tags of the languages that it translates from, and of those that it translates to, as `languages` takes
+        them; None where the model's files do not say."""
 
     def source_ids(self, text: str, source: str | None = None, target: str | None = None) -> list[int]:
         """What the encoder reads."""
@@ -72,8 +73,9 @@ class LanguageTokens(Scheme):
             raise RequestError("this model must be told the source language", "source")
         return found, self._languages.find(target, "target")
 
-    def knows(self, language: str) -> bool:
-        return self._languages.has(language)
+    def known(self) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+        tags = self._languages.tags()
+        return tags, tags
 
     def source_ids(self, text: str, source: str | None = None, target: str | None = None) -> list[int]:
         ids, end = self.tokenizer.encode(text, add_special_tokens=False), self.config.eos_token_ids[0]
@@ -101,8 +103,8 @@ class TargetPrefix(Scheme):
         code = None if source is None else parse(source, "source").code  # only sentences are cut by it
         return code, self._languages.find(target, "target")
 
-    def knows(self, language: str) -> bool:
-        return True  # of its sources nothing is written
+    def known(self) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+        return None, self._languages.tags()
 
     def source_ids(self, text: str, source: str | None = None, target: str | None = None) -> list[int]:
         return super().source_ids(text if target is None else f"{self.prefixes[target]} {text}")
@@ -124,8 +126,9 @@ class Pair(Scheme):
                 raise RequestError(f"this model translates from {names}, and {field} is {given!r}", field)
         return self.pair[0] or None, self.pair[1] or None
 
-    def knows(self, language: str) -> bool:
-        return not all(self.pair) or Languages(self.pair).has(language)
+    def known(self) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+        source, target = (Languages([own]).tags() if own else None for own in self.pair)
+        return source, target
 
 
 class Instruction(Scheme):
@@ -137,8 +140,8 @@ class Instruction(Scheme):
                 raise RequestError(f"this model must be told the {field} language", field)
         return _tag(source, "source"), _tag(target, "target")
 
-    def knows(self, language: str) -> bool:
-        return True
+    def known(self) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+        return None, None
 
     def source_ids(self, text: str, source: str | None = None, target: str | None = None) -> list[int]:
         if source is not None and target is not None:
