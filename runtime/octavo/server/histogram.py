@@ -1,5 +1,4 @@
-"""A Prometheus histogram that costs a third of a microsecond an observation. `metrics.py` holds one for each time that it
-measures.
+"""A Prometheus histogram that takes a value in 0.2 us. `metrics.py` holds one for each time that it measures.
 
 `prometheus_client`'s own takes a lock and walks its buckets for each value, 2 us; a server counts two values for every
 token that it streams. All of these are written on one thread, the event loop's, so they need no lock.

@@ -13,13 +13,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from octavo.server.histogram import Histogram
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
-
-from octavo.server.histogram import Histogram
 
 if TYPE_CHECKING:
     from octavo.engine.contract import EngineStats
@@ -143,7 +142,7 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from self._of_requests()
         yield from self._of_engines()
-        replies = CounterMetricFamily("octavo:http_requests", "Replies by route and status.", labels=["route", "status"])
+        replies = CounterMetricFamily("octavo:http_requests", "Replies begun.", labels=["route", "status"])
         for (route, status), count in self._replies.items():
             replies.add_metric([route, status], count)
         yield replies
@@ -157,7 +156,7 @@ class Metrics(Collector):
         ended = CounterMetricFamily(
             "vllm:request_success", "Outputs that ended, by reason.", labels=[*one, "finished_reason"]
         )
-        errors = CounterMetricFamily("octavo:request_errors", "Requests that ended with an error.", labels=[*one, "error"])
+        errors = CounterMetricFamily("octavo:request_errors", "Requests that failed.", labels=[*one, "error"])
         for name, model in self._models.items():
             prompt.add_metric([name], model.prompt_tokens)
             asked.add_metric([name], model.prompt_tokens)
