@@ -59,13 +59,13 @@ class Program:
 
 
 @contextmanager
-def program(*options: str) -> Iterator[Program]:
+def program(*options: str, headers: dict[str, str] | None = None) -> Iterator[Program]:
     port = free_port()
     command = [sys.executable, "-m", "octavo", "serve", "--port", str(port), *options]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "2"})
         try:
-            wait_until_ready(f"http://127.0.0.1:{port}", process=process)
+            wait_until_ready(f"http://127.0.0.1:{port}", headers=headers, process=process)
             yield Program(f"http://127.0.0.1:{port}", process)
         finally:
             process.send_signal(signal.SIGINT)

@@ -39,8 +39,8 @@ class Held:
 
 
 class Bench:
-    """A running server, a catalogue of requests, and what each gives alone. `vocabulary`: prompts are of token ids below
-    it. The server must be started with `--deterministic`, or a batch may round otherwise than a request alone."""
+    """A running server, a catalogue of requests, and what each gives alone. `vocabulary`: prompts are of token ids
+    below it. The server must be started with `--deterministic`, or a batch may round otherwise than a request alone."""
 
     def __init__(self, url: str, model: str, processes: list[psutil.Process], vocabulary: int, seed: int = 0) -> None:
         self.url, self.model, self.processes, self.vocabulary = url, model, processes, vocabulary
@@ -63,7 +63,8 @@ class Bench:
                 "return_token_ids": True,
             }  # fmt: skip
             case |= [
-                {}, {"top_k": 20}, {"top_p": 0.8}, {"repetition_penalty": 1.3}, {"logprobs": 2}, {"cache_salt": "other"},
+                {"logprobs": 2}, {"top_k": 20}, {"top_p": 0.8}, {"repetition_penalty": 1.3}, {},
+                {"cache_salt": "other"},
                 {"structured_outputs": {"regex": "[a-e]{3,20}(0|1|2)+"}, "ignore_eos": False},
                 {"use_beam_search": True, "n": 2, "best_of": 2, "temperature": 0.0},
                 {"stop": ["e", "a"]}, {"priority": 2},
@@ -77,8 +78,8 @@ class Bench:
         assert reply.status_code == 200, f"{reply.status_code} {reply.text}"
         found = reply.json()
         return [
-            (choice["index"], choice["text"], choice["finish_reason"], choice["token_ids"], json.dumps(choice["logprobs"]))
-            for choice in found["choices"]
+            (one["index"], one["text"], one["finish_reason"], one["token_ids"], json.dumps(one["logprobs"]))
+            for one in found["choices"]
         ]
 
     async def _streamed(self, client: httpx.AsyncClient, number: int, leave_after: int | None) -> Any:

@@ -16,10 +16,10 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from serving import Server, free_port
+from conftest import Program, free_port, program  # type: ignore[import-not-found]
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-KEY = "a key for prometheus"
+KEY = "a-key-for-prometheus"
 
 
 def queries() -> list[tuple[str, str]]:
@@ -28,13 +28,13 @@ def queries() -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with Server("--api-key", KEY) as running:
+def server() -> Iterator[Program]:
+    with program("--api-key", KEY, headers={"Authorization": f"Bearer {KEY}"}) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def prometheus(server: Program, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Its address. It runs by our configuration, but for the place of the server and of the key, and reads faster."""
     program = shutil.which("prometheus")
     if program is None:
@@ -70,19 +70,19 @@ def ask(prometheus: str, query: str) -> list[Any]:
     return [float(item["value"][1]) for item in answer["data"]["result"]]
 
 
-def test_every_query_of_the_dashboard_returns_data(server: Server, prometheus: str) -> None:
+def test_every_query_of_the_dashboard_returns_data(server: Program, prometheus: str) -> None:
     client = httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
-    body = {"model": server.model, "prompt": "The capital of France is", "max_tokens": 4}
-    missing = {title: query for title, query in queries()}
+    body = {"prompt": "The capital of France is", "max_tokens": 4}
+    missing = queries()
     deadline = time.monotonic() + 60
     while missing and time.monotonic() < deadline:
         assert client.post("/v1/completions", json=body).status_code == 200
         assert client.post("/v1/completions", json=body | {"n": -1}).status_code == 400
-        for title, query in list(queries()):
+        for title, query in list(missing):
             asked = re.sub(r"\$__rate_interval", "15s", query.replace("$model", ".*"))
             values = ask(prometheus, asked)
             if values and all(map(math.isfinite, values)):
-                missing.pop(title, None)
+                missing.remove((title, query))
     assert not missing
     assert ask(prometheus, "up") == [1.0]
     assert ask(prometheus, "vllm:generation_tokens_total")[0] >= 4

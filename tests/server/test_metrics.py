@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 from octavo.engine.contract import EngineStats
@@ -40,10 +41,11 @@ def test_a_histogram_counts_as_a_sorted_list_does() -> None:
 def test_a_request_and_an_engine_are_on_the_page() -> None:
     metrics = Metrics()
     watch = metrics.watch("smol")
-    watch.tokens(0, 1)
-    watch.tokens(1, 1)
-    watch.tokens(0, 3)
-    watch.end(RequestMetrics(0.0, 0.5, 2.0, 4.0, 12, 8, 5, 1), ["stop", "length"])
+    watch.tokens(1)
+    watch.tokens(1)  # of another output, of the same step
+    time.sleep(0.001)
+    watch.tokens(3)
+    watch.end([RequestMetrics(0.0, 0.5, 2.0, 4.0, 12, 8, 5, 1)], ["stop", "length"])
     metrics.watch("smol").error(ValueError("no"))
     metrics.replied("/v1/completions", 200)
     found = values(metrics.page({"smol": EngineReport(STATS, restarts=2), "away": EngineReport(None, restarts=1)}))

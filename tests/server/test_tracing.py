@@ -57,8 +57,8 @@ def test_a_request_is_a_span_below_its_callers(collector: tuple[str, list[Span]]
     endpoint, spans = collector
     tracer = OtlpTracer(endpoint)
     trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-    span = tracer.begin("chat", "smol", "chatcmpl-1", {"traceparent": f"00-{trace}-{parent}-01"})
-    span.end(RequestMetrics(0.0, 0.1, 0.3, 0.9, 12, 8, 5, 1), ["stop"])
+    span = tracer.begin("chat.completions", "smol", "chatcmpl-1", {"traceparent": f"00-{trace}-{parent}-01"})
+    span.end([RequestMetrics(0.0, 0.1, 0.3, 0.9, 12, 8, 5, 1)], ["stop"])
     tracer.begin("embeddings", "mini", "embd-2", {}).error(RequestFailedError("the prompt was: secret"))
     tracer.close()
     first, second = spans

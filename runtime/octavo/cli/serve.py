@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
@@ -51,6 +52,28 @@ Keys = Annotated[
         help="A key that requests must bring (may be repeated). From the environment it is in no process list.",
     ),
 ]  # fmt: skip
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--api-key-file", metavar="FILE", rich_help_panel=_SERVER, dir_okay=False, exists=True,
+        help="A file with such keys, one a line.",
+    ),
+]  # fmt: skip
+LogForm = Annotated[
+    Literal["text", "json"],
+    typer.Option("--log-format", rich_help_panel=_SERVER, help="Of the log, on standard error."),
+]
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error"],
+    typer.Option("--log-level", rich_help_panel=_SERVER, help="What is logged; info: a line for each request."),
+]
+Otlp = Annotated[
+    str | None,
+    typer.Option(
+        "--otlp-endpoint", metavar="URL", rich_help_panel=_SERVER,
+        help="Send traces there by OpenTelemetry: http://localhost:4318/v1/traces.",
+    ),
+]  # fmt: skip
 NoKey = Annotated[
     bool, typer.Option("--no-api-key", rich_help_panel=_SERVER, help="Let anybody in who reaches --host.")
 ]
@@ -89,10 +112,14 @@ def serve(
     host: Host = LOOPBACK,
     port: Port = 8000,
     api_key: Keys = None,
+    api_key_file: KeyFile = None,
     no_api_key: NoKey = False,
     allow_request_templates: Templates = False,
     on_demand: OnDemand = False,
     models_memory: Memory = None,
+    log_format: LogForm = "text",
+    log_level: LogLevel = "info",
+    otlp_endpoint: Otlp = None,
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -109,11 +136,15 @@ def serve(
     """
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise UsageProblem("the server needs FastAPI and uvicorn: pip install 'octavo[server]'")
+    from octavo.server import logs
     from octavo.server.listen import serve as listen
     from octavo.server.models import served_models
     from octavo.server.settings import ServerSettings
+    from octavo.server.tracing import NoTracer, OtlpTracer
 
-    keys = tuple(api_key or ())
+    keys = (*(api_key or ()), *(api_key_file.read_text().split() if api_key_file else ()))
+    if api_key_file is not None and not keys:
+        raise UsageProblem("--api-key-file: the file has no key in it")
     if host not in (LOOPBACK, "::1", "localhost") and not keys and not no_api_key:
         raise UsageProblem(f"other machines could reach {host}: give an --api-key, or --no-api-key to let anybody in")
     engine = {
@@ -126,6 +157,8 @@ def serve(
         settings = ServerSettings(api_keys=keys, allow_request_templates=allow_request_templates)
         models = served_models(model or [DEFAULT], served_model_name or [], given)
         memory = None if models_memory is None else int(models_memory * (1 << 30))
-        listen(models, settings, host=host, port=port, on_demand=on_demand, memory=memory)
+        tracer = NoTracer() if otlp_endpoint is None else OtlpTracer(otlp_endpoint)
+        logs.set_up(log_format, log_level)
+        listen(models, settings, host=host, port=port, on_demand=on_demand, memory=memory, tracer=tracer)
     except ConfigError as error:
         raise UsageProblem(str(error)) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
@@ -41,6 +42,7 @@ _GETS: list[tuple[str, Endpoint]] = [
     ("/v1/models/{name:path}", info.model),
     ("/health", info.health),
     ("/ready", info.ready),
+    ("/metrics", info.metrics),
     ("/version", info.version),
 ]
 
@@ -65,11 +67,12 @@ def create_app(
             with suppress(asyncio.CancelledError):
                 await loading
             await models.close()
+            await asyncio.to_thread(server.observer.close)
 
     app = FastAPI(
         title="Octavo", version=__version__, lifespan=lifespan, redirect_slashes=False,
         docs_url=None, redoc_url=None,  # those pages fetch scripts from other hosts
-        middleware=[Middleware(RequestIds), Middleware(KeyCheck, keys=settings.api_keys)],
+        middleware=[Middleware(RequestIds, observer=server.observer), Middleware(KeyCheck, keys=settings.api_keys)],
     )  # fmt: skip
     app.state.server, app.state.failed = server, None
     for path, endpoint, kind in _POSTS:
@@ -95,20 +98,31 @@ async def _load(app: FastAPI, server: Server) -> None:
 
 
 class RequestIds:
-    """Middleware: every request has an id, which its answer carries as `X-Request-Id`. A client may choose it."""
+    """Middleware: every request has an id, which its answer carries as `X-Request-Id`. A client may choose it. What
+    became of the request is reported under it."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, observer: Observer) -> None:
+        self._app, self._observer = app, observer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         state = scope.setdefault("state", {})
         state["request_id"] = secrets.token_hex(12)
+        began, status = time.monotonic(), 499  # if there is no reply, the client has gone
 
         async def with_id(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["X-Request-Id"] = state["request_id"]
+                status = message["status"]
             await send(message)
 
-        return await self._app(scope, receive, with_id)
+        try:
+            await self._app(scope, receive, with_id)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            route = getattr(scope.get("route"), "path", "")
+            self._observer.replied(state["request_id"], scope["method"], route, status, began)

@@ -85,7 +85,7 @@ async def respond(
         loaded = await stack.enter_async_context(server.models.use(model))
         loaded.llm.engine.check_generates()
         answer = await prepare(loaded)
-        watch = server.observer.begin(endpoint, loaded.name, call.id)
+        watch = server.observer.begin(endpoint, loaded.name, call.id, call.request.headers)
         run = await Run.start(
             loaded.llm, answer.prompts, answer.params, priority=priority, special=answer.special, stream=stream,
             size=answer.size, watch=watch,

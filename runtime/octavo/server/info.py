@@ -1,4 +1,4 @@
-"""What is served and how it is: `/v1/models`, `/health`, `/ready`, `/version`."""
+"""What is served and how it is: `/v1/models`, `/health`, `/ready`, `/metrics`, `/version`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from starlette.responses import JSONResponse, Response
 
 from octavo import __version__
 from octavo.server.call import Call
+from octavo.server.metrics import CONTENT_TYPE
 
 
 async def models(request: Request) -> Response:
@@ -32,6 +33,12 @@ async def ready(request: Request) -> Response:
     if not server.models.ready(server.wanted):
         return JSONResponse({"status": "loading"}, 503)
     return JSONResponse({"status": "ready"})
+
+
+async def metrics(request: Request) -> Response:
+    """For Prometheus."""
+    server = Call(request).server
+    return Response(await server.observer.page(server.models.loaded()), media_type=CONTENT_TYPE)
 
 
 async def version(request: Request) -> Response:

@@ -12,7 +12,9 @@ from octavo.errors import ConfigError
 from octavo.server.app import create_app
 from octavo.server.headers import BoundedHeaders
 from octavo.server.models import Models, Served
+from octavo.server.observe import Observer
 from octavo.server.settings import ServerSettings
+from octavo.server.tracing import Tracer
 
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 30
@@ -20,19 +22,21 @@ KEEP_ALIVE_SECONDS = 30
 
 def serve(
     served: Sequence[Served], settings: ServerSettings, *, host: str, port: int, on_demand: bool = False,
-    memory: int | None = None,
+    memory: int | None = None, tracer: Tracer | None = None,
 ) -> None:  # fmt: skip
     """Listen until SIGINT or SIGTERM.
 
     Args:
         on_demand: load a model when it is first asked for.
         memory: bytes for all models together.
+        tracer: takes a span for each request.
 
     Raises:
         ConfigError: the port is taken, or two models have one name.
         OctavoError: a model cannot be loaded.
     """
-    app = create_app(Models(served, memory=memory), settings, load=() if on_demand else None)
+    observer = Observer(tracer)
+    app = create_app(Models(served, memory=memory), settings, observer=observer, load=() if on_demand else None)
     listening = _listening(host, port)
     config = uvicorn.Config(
         app, http=BoundedHeaders, ws="none", log_level="warning", access_log=False, server_header=False,

@@ -7,23 +7,27 @@ when the page is read, with `Engines` as the answer. Everything here runs on the
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from octavo.server.histogram import Histogram
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from octavo.server.histogram import Histogram
+
 if TYPE_CHECKING:
     from octavo.engine.contract import EngineStats
     from octavo.outputs import RequestMetrics
 
+_TOGETHER = 1e-4
+"""Seconds: the events of one step are taken in one after the other, some microseconds each."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 TIMES = {
@@ -62,34 +66,37 @@ class EngineReport:
 
 
 class Watch:
-    """One request, as it is seen by the door that answers it. `tokens` with each piece, then `end` or `error`, once."""
+    """One call, as it is seen by the door that answers it. `tokens` as they come, then `end` or `error`, once."""
 
     __slots__ = ("_arrival", "_last", "_model")
 
     def __init__(self, model: _Model) -> None:
         self._model = model
         self._arrival = time.monotonic()
-        self._last: dict[int, float] = {}
+        self._last: float | None = None
 
-    def tokens(self, index: int, count: int) -> None:
-        """`count` new tokens of one output. Those of one piece came in one step: the time since the last piece is
-        theirs together, as a reader sees it."""
+    def tokens(self, count: int) -> None:
+        """`count` new tokens. Those that come together, of a speculating step or of several outputs, count as one for
+        the time since the last."""
         now, model = time.monotonic(), self._model
         model.output_tokens += count
-        last = self._last.get(index)
-        if last is not None:
-            model.times["vllm:inter_token_latency_seconds"].observe(now - last)
-        elif not self._last:
+        if self._last is None:
             model.times["vllm:time_to_first_token_seconds"].observe(now - self._arrival)
-        self._last[index] = now
+        elif now - self._last > _TOGETHER:
+            model.times["vllm:inter_token_latency_seconds"].observe(now - self._last)
+        self._last = now
 
-    def end(self, metrics: RequestMetrics, reasons: list[str | None]) -> None:
-        """The request has ended; `reasons` are the finish reasons of its outputs."""
+    def end(self, metrics: Sequence[RequestMetrics], reasons: Sequence[str]) -> None:
+        """The call has ended; `metrics` of its prompts, `reasons` of their outputs."""
+        self._model.ended.update(reasons)
+        self._model.times["vllm:e2e_request_latency_seconds"].observe(time.monotonic() - self._arrival)
+        for one in metrics:
+            self._count(one)
+
+    def _count(self, metrics: RequestMetrics) -> None:
         model, times = self._model, self._model.times
         model.prompt_tokens += metrics.prompt_tokens
         model.cached_tokens += metrics.cached_tokens
-        model.ended.update(reason or "abort" for reason in reasons)
-        times["vllm:e2e_request_latency_seconds"].observe(time.monotonic() - self._arrival)
         first, last, queued = metrics.first_token_time, metrics.last_token_time, metrics.queue_time
         if queued is not None:
             times["vllm:request_queue_time_seconds"].observe(queued)
@@ -146,6 +153,8 @@ class Metrics(Collector):
         for (route, status), count in self._replies.items():
             replies.add_metric([route, status], count)
         yield replies
+        tasks = len(asyncio.all_tasks()) if _runs_a_loop() else 0
+        yield GaugeMetricFamily("octavo:tasks", "Tasks of the server's event loop.", tasks)
 
     def _of_requests(self) -> Iterator[Metric]:
         one = ["model_name"]
@@ -199,3 +208,11 @@ class Metrics(Collector):
             for state in ("used", "cached", "free"):
                 blocks.add_metric([name, state], getattr(stats, f"blocks_{state}"))
         yield from (up, restarts, running, waiting, usage, preempted, steps, largest, blocks)
+
+
+def _runs_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

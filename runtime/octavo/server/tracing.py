@@ -15,18 +15,24 @@ from octavo.errors import ConfigError
 if TYPE_CHECKING:
     from octavo.outputs import RequestMetrics
 
+OPERATIONS = {
+    "chat.completions": "chat", "responses": "chat", "completions": "text_completion", "embeddings": "embeddings",
+}  # fmt: skip
+"""What the conventions call that which an endpoint does."""
+
 
 class Span(Protocol):
     """Of one request. One of the two is called, once."""
 
-    def end(self, metrics: RequestMetrics, reasons: Sequence[str | None]) -> None: ...
+    def end(self, metrics: Sequence[RequestMetrics], reasons: Sequence[str]) -> None:
+        """`metrics` of each prompt, `reasons` of each output."""
 
     def error(self, error: BaseException) -> None: ...
 
 
 class Tracer(Protocol):
-    def begin(self, operation: str, model: str, request_id: str, headers: Mapping[str, str]) -> Span:
-        """A request has arrived. `operation`: "chat", "text_completion" or "embeddings"."""
+    def begin(self, endpoint: str, model: str, request_id: str, headers: Mapping[str, str]) -> Span:
+        """A request has arrived."""
 
     def close(self) -> None:
         """Send what is still to be sent."""
@@ -35,10 +41,10 @@ class Tracer(Protocol):
 class NoTracer:
     """Where nobody asked for traces; its own span too."""
 
-    def begin(self, operation: str, model: str, request_id: str, headers: Mapping[str, str]) -> Span:
+    def begin(self, endpoint: str, model: str, request_id: str, headers: Mapping[str, str]) -> Span:
         return self
 
-    def end(self, metrics: RequestMetrics, reasons: Sequence[str | None]) -> None:
+    def end(self, metrics: Sequence[RequestMetrics], reasons: Sequence[str]) -> None:
         pass
 
     def error(self, error: BaseException) -> None:
@@ -64,10 +70,11 @@ class OtlpTracer:
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
         self._tracer = self._provider.get_tracer("octavo.server")
 
-    def begin(self, operation: str, model: str, request_id: str, headers: Mapping[str, str]) -> Span:
+    def begin(self, endpoint: str, model: str, request_id: str, headers: Mapping[str, str]) -> Span:
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+        operation = OPERATIONS.get(endpoint, endpoint)
         attributes = {
             "gen_ai.operation.name": operation, "gen_ai.provider.name": "octavo", "gen_ai.request.model": model,
             "gen_ai.response.id": request_id,
@@ -85,18 +92,18 @@ class _OtlpSpan:
     def __init__(self, span: Any) -> None:
         self._span = span
 
-    def end(self, metrics: RequestMetrics, reasons: Sequence[str | None]) -> None:
+    def end(self, metrics: Sequence[RequestMetrics], reasons: Sequence[str]) -> None:
         self._span.set_attributes({
-            "gen_ai.usage.input_tokens": metrics.prompt_tokens,
-            "gen_ai.usage.output_tokens": metrics.output_tokens,
-            "gen_ai.usage.cache_read.input_tokens": metrics.cached_tokens,
-            "gen_ai.response.finish_reasons": [reason or "abort" for reason in reasons],
-            "octavo.preemptions": metrics.preemptions,
+            "gen_ai.usage.input_tokens": sum(one.prompt_tokens for one in metrics),
+            "gen_ai.usage.output_tokens": sum(one.output_tokens for one in metrics),
+            "gen_ai.usage.cache_read.input_tokens": sum(one.cached_tokens for one in metrics),
+            "gen_ai.response.finish_reasons": list(reasons),
+            "octavo.preemptions": sum(one.preemptions for one in metrics),
         })  # fmt: skip
         for name in ("queue_time", "first_token_time", "last_token_time"):
-            seconds = getattr(metrics, name)
-            if seconds is not None:
-                self._span.set_attribute(f"octavo.{name}", seconds)
+            seconds = [getattr(one, name) for one in metrics if getattr(one, name) is not None]
+            if seconds:
+                self._span.set_attribute(f"octavo.{name}", max(seconds))
         self._span.end()
 
     def error(self, error: BaseException) -> None:
