@@ -94,6 +94,16 @@ Memory = Annotated[
 Blocks = Annotated[
     int | None, typer.Option("--num-blocks", metavar="N", help="Blocks in the KV cache.", rich_help_panel=_ENGINE)
 ]
+BlockSize = Annotated[
+    int | None, typer.Option("--block-size", metavar="N", help="Tokens of a block.", rich_help_panel=_ENGINE)
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic", rich_help_panel=_ENGINE,
+        help="The same request gives the same tokens, whatever else runs; slower.",
+    ),
+]  # fmt: skip
 Sequences = Annotated[
     int | None,
     typer.Option("--max-num-seqs", metavar="N", help="Outputs that are made at once.", rich_help_panel=_ENGINE),
@@ -126,6 +136,8 @@ def serve(
     quantization: Quantization = None,
     max_model_len: MaxModelLen = None,
     num_blocks: Blocks = None,
+    block_size: BlockSize = None,
+    deterministic: Deterministic = False,
     max_num_seqs: Sequences = None,
     max_queued_requests: Queue = None,
     debug: Debug = False,
@@ -150,7 +162,7 @@ def serve(
     engine = {
         "revision": revision, "device": device, "dtype": dtype, "quantization": quantization,
         "max_model_len": max_model_len, "num_blocks": num_blocks, "max_num_seqs": max_num_seqs,
-        "max_queued_requests": max_queued_requests,
+        "max_queued_requests": max_queued_requests, "block_size": block_size, "deterministic": deterministic,
     }  # fmt: skip
     given = {name: value for name, value in engine.items() if value is not None}
     try:
