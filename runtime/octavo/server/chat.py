@@ -15,6 +15,7 @@ from octavo.errors import RequestError
 from octavo.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamPiece
 from octavo.server.call import Answer, Call, respond
 from octavo.server.errors import refused
+from octavo.server.messages import chat_messages, check_template, template_variables
 from octavo.server.models import Loaded
 from octavo.server.prompts import off_loop, salt_of, salted, truncated
 from octavo.server.protocol.chat import ChatCompletionRequest, NamedTool
@@ -23,7 +24,6 @@ from octavo.server.sampling import sampling_params
 from octavo.server.shapes import chat_logprobs, prompt_logprobs, usage
 from octavo.server.streams import DONE, Frames, frame, json_text
 
-_NOT_VARIABLES = ("messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "self")
 MAX_TOP_LOGPROBS = 20
 
 
@@ -53,15 +53,13 @@ class ChatAnswer:
     @classmethod
     async def prepare(cls, call: Call, body: ChatCompletionRequest, loaded: Loaded) -> ChatAnswer:
         """Raises `RequestError` or `ApiError`."""
-        if body.chat_template is not None and not call.server.settings.allow_request_templates:
-            message = "this server takes no templates from requests (it can be started with --allow-request-templates)"
-            raise refused(message, "chat_template")
-        messages = [message.model_dump(exclude_none=True) for message in body.messages]
-        size = sum(len(text) for message in messages for text in _texts(message))
+        check_template(call, body.chat_template)
+        messages, size = chat_messages(body.messages)
         loaded.bound.check_size(size, "messages")
         params = sampling_params(body, loaded.llm, max_tokens=_max_tokens(body), **_counted(body))
         variables = _variables(body, loaded.llm.tokenizer.template_source(body.chat_template, tools=bool(body.tools)))
         tools = None if body.tools is None else [tool.model_dump(exclude_none=True) for tool in body.tools]
+        loaded.bound.check_size(len(str(tools or "")), "tools")
         form = None if body.response_format is None else body.response_format.model_dump(by_alias=True)
         choice = body.tool_choice or "auto"
 
@@ -227,13 +225,6 @@ def _finish_reason(reason: str | None, parser: ChatParser) -> str | None:
 # -- what is asked ---------------------------------------------------------------------------------------------------
 
 
-def _texts(message: dict[str, Any]) -> list[str]:
-    content = message.get("content") or ""
-    found = [content] if isinstance(content, str) else [part["text"] for part in content]
-    found += [message[name] for name in ("reasoning_content", "reasoning") if name in message]
-    return found + [str(call["function"]["arguments"]) for call in message.get("tool_calls") or ()]
-
-
 def _max_tokens(body: ChatCompletionRequest) -> int | None:
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise refused("max_completion_tokens and max_tokens differ: give one of them", "max_completion_tokens")
@@ -258,16 +249,9 @@ def _counted(body: ChatCompletionRequest) -> dict[str, Any]:
 
 def _variables(body: ChatCompletionRequest, source: str) -> dict[str, Any]:
     """For the template."""
-    found = dict(body.chat_template_kwargs or {})
-    for name in found:
-        if name in _NOT_VARIABLES or not name.isidentifier() or name.startswith("_"):
-            raise refused(f"chat_template_kwargs: {name[:80]!r} is no variable of a template", "chat_template_kwargs")
+    found = template_variables(body)
     if body.reasoning_effort is not None:
         if "reasoning_effort" not in source:
             raise refused("this model has no levels of reasoning: leave reasoning_effort out", "reasoning_effort")
         found["reasoning_effort"] = body.reasoning_effort
-    if body.continue_final_message:
-        found |= {"continue_final_message": True, "add_generation_prompt": bool(body.add_generation_prompt)}
-    elif body.add_generation_prompt is not None:
-        found["add_generation_prompt"] = body.add_generation_prompt
     return found

@@ -116,12 +116,16 @@ class Models:
     # ---------------------------------------------------------------- using one
 
     @asynccontextmanager
-    async def use(self, name: str | None) -> AsyncIterator[Loaded]:
-        """The model of this name, loaded if need be; it stays until the end of the `with`. None: the first one.
+    async def use(self, name: str | None, *, embeds: bool = False) -> AsyncIterator[Loaded]:
+        """The model of this name, loaded if need be; it stays until the end of the `with`. None: the first one, or the
+        first that is known to make embeddings.
 
         Raises:
             ApiError: 404, or 503 if it cannot be loaded now.
         """
+        if name is None and embeds:
+            makers = (one for one in self._loaded.values() if isinstance(one.llm.engine.shape, EncoderConfig))
+            name = next((one.name for one in makers), None)
         loaded = await self.get(self._find(name))
         loaded.users += 1
         try:
