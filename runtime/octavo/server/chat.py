@@ -20,7 +20,7 @@ from octavo.server.models import Loaded
 from octavo.server.prompts import off_loop, salt_of, salted, truncated
 from octavo.server.protocol.chat import ChatCompletionRequest, NamedTool
 from octavo.server.run import Run
-from octavo.server.sampling import sampling_params
+from octavo.server.sampling import checked_room, form_name, sampling_params
 from octavo.server.shapes import chat_logprobs, prompt_logprobs, usage
 from octavo.server.streams import DONE, Frames, frame, json_text
 
@@ -45,6 +45,7 @@ class ChatAnswer:
 
     def __init__(self, call: Call, body: ChatCompletionRequest, loaded: Loaded, plan: ChatPlan) -> None:
         self._body, self._plan, self._tokenizer = body, plan, loaded.llm.tokenizer
+        self.names = {"prompt": "messages", "prompt_token_ids": "messages", "structured_outputs": form_name(body)}
         self.params = plan.params
         ids = truncated(plan.prompt["prompt_token_ids"], body.truncate_prompt_tokens, loaded.llm)
         self.prompts = [salted({**plan.prompt, "prompt_token_ids": ids}, salt_of(call.salt, body.cache_salt))]
@@ -56,7 +57,7 @@ class ChatAnswer:
         check_template(call, body.chat_template)
         messages, size = chat_messages(body.messages)
         loaded.bound.check_size(size, "messages")
-        params = sampling_params(body, loaded.llm, max_tokens=_max_tokens(body), **_counted(body))
+        params = sampling_params(body, loaded.llm, max_tokens=_max_tokens(body, loaded), **_counted(body))
         variables = _variables(body, loaded.llm.tokenizer.template_source(body.chat_template, tools=bool(body.tools)))
         tools = None if body.tools is None else [tool.model_dump(exclude_none=True) for tool in body.tools]
         loaded.bound.check_size(len(str(tools or "")), "tools")
@@ -225,10 +226,12 @@ def _finish_reason(reason: str | None, parser: ChatParser) -> str | None:
 # -- what is asked ---------------------------------------------------------------------------------------------------
 
 
-def _max_tokens(body: ChatCompletionRequest) -> int | None:
-    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+def _max_tokens(body: ChatCompletionRequest, loaded: Loaded) -> int | None:
+    """By its newer name. None: as many as fit."""
+    given = body.max_completion_tokens
+    if body.max_tokens is not None and given not in (None, body.max_tokens):
         raise refused("max_completion_tokens and max_tokens differ: give one of them", "max_completion_tokens")
-    return body.max_completion_tokens
+    return None if given is None else checked_room("max_completion_tokens", given, loaded.llm)
 
 
 def _counted(body: ChatCompletionRequest) -> dict[str, Any]:

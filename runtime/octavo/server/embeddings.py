@@ -40,6 +40,7 @@ async def _embed(call: Call, body: EmbeddingRequest) -> Response:
         message = "input must be text: token ids would be those of another model (LangChain: check_embedding_ctx_length"
         raise refused(f"{message}=False)", "input")
     async with call.server.models.use(body.model, embeds=True) as loaded:
+        loaded.check_embeds()
         size = loaded.llm.engine.encoder.dimension
         if body.dimensions not in (None, size):
             raise refused(f"this model's embeddings have {size} dimensions, no others", "dimensions")

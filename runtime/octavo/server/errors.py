@@ -6,6 +6,7 @@ log says the rest."""
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ logger = logging.getLogger("octavo.server")
 RETRY_AFTER = 1
 """Seconds after which a client may ask again when the queue was full: a step of any model is shorter."""
 MESSAGE_CHARACTERS = 1000
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
     408: "invalid_request_error", 413: "invalid_request_error", 415: "invalid_request_error",
@@ -66,7 +68,7 @@ def api_error(error: BaseException, request_id: str = "") -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError):
-        return refused(str(error), error.field)
+        return refused(_ADDRESS.sub("", str(error)), error.field)  # a template can print an object
     if isinstance(error, ValidationError):
         return _of_validation(error)
     if isinstance(error, QueueFullError):
