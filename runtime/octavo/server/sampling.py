@@ -41,7 +41,7 @@ def sampling_params(body: Sampling, llm: AsyncLLM, *, max_tokens: int | None, **
 
 
 def checked_room(name: str, tokens: int, llm: AsyncLLM) -> int:
-    """A number of tokens to make. What exceeds the room beside the prompt is cut, what no prompt has room for refused."""
+    """A number of tokens to make. What has no room beside the prompt is cut, what never has room is refused."""
     room = llm.engine.limits.max_model_len
     if not 1 <= tokens <= room:
         raise refused(f"{name} must be from 1 to {room}, which is what the model holds, not {tokens}", name)
