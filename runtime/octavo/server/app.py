@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo import __version__
 from octavo.errors import OctavoError
-from octavo.server import chat, completions, embeddings, info, tokens
+from octavo.server import chat, completions, embeddings, info, responses, tokens
 from octavo.server.auth import KeyCheck
 from octavo.server.call import Server
 from octavo.server.errors import ApiError, on_error
@@ -28,6 +28,7 @@ from octavo.server.observe import Observer
 from octavo.server.protocol.chat import ChatCompletionRequest
 from octavo.server.protocol.completions import CompletionRequest
 from octavo.server.protocol.embeddings import EmbeddingRequest
+from octavo.server.protocol.responses import ResponsesRequest
 from octavo.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from octavo.server.settings import ServerSettings
 
@@ -37,6 +38,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 _POSTS: list[tuple[str, Endpoint, type[BaseModel]]] = [
     ("/v1/chat/completions", chat.chat_completions, ChatCompletionRequest),
     ("/v1/completions", completions.completions, CompletionRequest),
+    ("/v1/responses", responses.responses, ResponsesRequest),
     ("/v1/embeddings", embeddings.embeddings, EmbeddingRequest),
     ("/tokenize", tokens.tokenize, TokenizeRequest),
     ("/detokenize", tokens.detokenize, DetokenizeRequest),

@@ -100,12 +100,17 @@ def _of_http(error: HTTPException) -> ApiError:
 
 
 def _of_validation(error: ValidationError) -> ApiError:
-    """The first thing that is wrong, by the name of its field. What was sent is not repeated: it may be long."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    """The first thing that is wrong, by the name of its field; of a field with several forms, what is wrong with the
+    one that comes nearest. What was sent is not repeated: it may be long."""
+    errors = error.errors(include_url=False, include_input=False)
+    first = max(errors, key=lambda one: len(one["loc"]))
     names = [str(part) for part in first["loc"] if not (isinstance(part, str) and _is_branch(part))]
+    if first["type"] == "unsupported_field":
+        place = ".".join([*names, str(first["ctx"]["name"])])
+        return ApiError(400, f"{place} is not supported: leave it out", param=place, code="unsupported_field")
     place = ".".join(names)
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"unknown field {place!r}", param=place, code="unknown_field")
+        return ApiError(400, f"unknown field {place[:200]!r}", param=place[:200], code="unknown_field")
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{place}: {message}" if place else message, param=place or None, code="invalid_value")
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
-
-from octavo.server.errors import ApiError
+from pydantic_core import PydanticCustomError
 
 Neutral = Mapping[str, tuple[object, ...]]
 Number = FiniteFloat
@@ -35,7 +34,7 @@ class Body(BaseModel):
         for name in cls.neutral.keys() & given.keys():
             value = given[name]
             if value is not None and not any(value == one and type(value) is type(one) for one in cls.neutral[name]):
-                raise ApiError(400, f"{name} is not supported: leave it out", param=name, code="unsupported_field")
+                raise PydanticCustomError("unsupported_field", "leave it out", {"name": name})
         return {name: value for name, value in given.items() if name not in cls.neutral}
 
 
