@@ -7,6 +7,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ValidationError
@@ -79,16 +80,31 @@ def create_app(
         middleware=[Middleware(RequestIds), Middleware(KeyCheck, keys=settings.api_keys)],
     )  # fmt: skip
     app.state.server, app.state.failed = server, None
+    schemas: dict[str, Any] = {}
     for path, endpoint, kind in _POSTS:
-        schema = kind.model_json_schema(ref_template=f"#/components/schemas/{kind.__name__}/$defs/{{model}}")
-        content = {"application/json": {"schema": schema}}
+        schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= {**schema.pop("$defs", {}), kind.__name__: schema}
+        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
         extra = {"requestBody": {"required": True, "content": content}}
         app.add_api_route(path, endpoint, methods=["POST"], response_class=Response, openapi_extra=extra)
     for path, endpoint in _GETS:
         app.add_api_route(path, endpoint, methods=["GET"], response_class=Response)
+    _describe(app, schemas)
     for error in (OctavoError, ApiError, HTTPException, ValidationError, Exception):
         app.add_exception_handler(error, on_error)
     return app
+
+
+def _describe(app: FastAPI, schemas: dict[str, Any]) -> None:
+    """Bodies in `/openapi.json`: the endpoints read them by themselves, so FastAPI does not know of them."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        found = plain()
+        found.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
+        return found
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 async def _load(app: FastAPI, server: Server) -> None:
