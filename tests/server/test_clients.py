@@ -64,9 +64,7 @@ def test_openai_like_of_llama_index(server: Program) -> None:
     from llama_index.core.llms import ChatMessage
     from llama_index.llms.openai_like import OpenAILike
 
-    llm = OpenAILike(
-        api_base=server.v1, api_key="EMPTY", model=CHAT, is_chat_model=True, temperature=0, max_tokens=16
-    )
+    llm = OpenAILike(api_base=server.v1, api_key="EMPTY", model=CHAT, is_chat_model=True, temperature=0, max_tokens=16)
     whole = llm.chat([ChatMessage(role="user", content=QUESTION)]).message.content
     assert whole
     *_, last = llm.stream_chat([ChatMessage(role="user", content=QUESTION)])

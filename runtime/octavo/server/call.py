@@ -33,9 +33,7 @@ class Server:
     `when_failed` is called when a wanted model cannot be loaded.
     """
 
-    def __init__(
-        self, models: Models, settings: ServerSettings, observer: Observer, wanted: Sequence[Served]
-    ) -> None:
+    def __init__(self, models: Models, settings: ServerSettings, observer: Observer, wanted: Sequence[Served]) -> None:
         self.models, self.settings, self.observer, self.wanted = models, settings, observer, tuple(wanted)
         self.draining = False
         self.when_failed: Callable[[], None] = lambda: None

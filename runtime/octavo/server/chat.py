@@ -232,4 +232,3 @@ def _counted(body: ChatCompletionRequest) -> dict[str, Any]:
         if not 0 <= body.top_logprobs <= MAX_TOP_LOGPROBS:
             raise refused(f"top_logprobs must be from 0 to {MAX_TOP_LOGPROBS}", "top_logprobs")
     return {"logprobs": (body.top_logprobs or 0) if body.logprobs else None, "best_of": body.best_of}
-
