@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from conftest import CHAT, Program  # type: ignore[import-not-found]
 from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage
 from langchain_openai import ChatOpenAI
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 
@@ -45,3 +46,12 @@ class TestChatOpenAI(ChatModelIntegrationTests):
     @property
     def supported_usage_metadata_details(self) -> Any:
         return {"invoke": ["cache_read_input"], "stream": ["cache_read_input"]}
+
+    def invoke_with_cache_read_input(self, *, stream: bool = False) -> AIMessage:
+        chat = ChatOpenAI(**{**self.chat_model_params, "max_tokens": 4})
+        long = "Count with me. " + " ".join(str(number) for number in range(200))
+        chat.invoke(long)
+        if not stream:
+            return chat.invoke(long)  # type: ignore[return-value]
+        chunks = list(chat.stream(long))
+        return sum(chunks[1:], chunks[0])  # type: ignore[return-value]

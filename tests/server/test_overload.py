@@ -41,15 +41,14 @@ def test_one_refusal_takes_no_time(narrow: InProcess) -> None:
     with ThreadPoolExecutor(1) as pool, httpx.Client() as client:
         client.get(f"{narrow.url}/health")
         times = []
-        while len(times) < 5:
-            running = pool.submit(httpx.post, f"{narrow.url}/v1/completions", json=body, timeout=60)
-            while not running.done():
-                began = time.perf_counter()
-                reply = client.post(f"{narrow.url}/v1/completions", json={**body, "prompt": [[70]] * 5})
-                if reply.status_code == 429:
-                    times.append(time.perf_counter() - began)
-            running.result()
-        assert min(times) < 0.05
+        running = pool.submit(httpx.post, f"{narrow.url}/v1/completions", json=body, timeout=60)
+        while not running.done() and len(times) < 20:
+            began = time.perf_counter()
+            reply = client.post(f"{narrow.url}/v1/completions", json={**body, "prompt": [[70]] * 5})
+            if reply.status_code == 429:
+                times.append(time.perf_counter() - began)
+        running.result()
+        assert sorted(times)[len(times) // 2] < 0.05
     assert narrow.idle()
 
 

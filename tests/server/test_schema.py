@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 PUBLISHED = Path("/work/shared/openai/openapi.json")
 EXAMPLES = settings(
-    max_examples=40, deadline=None, derandomize=True, phases=[Phase.generate],
+    max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/tokenize", "/detokenize"]
