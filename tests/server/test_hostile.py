@@ -182,6 +182,25 @@ def test_bodies_that_are_no_json(tiny: InProcess, body: bytes) -> None:
     refused(tiny, "/v1/completions", body)
 
 
+MANY = 4_000_000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompt":[' + b"[]," * MANY + b"[]]}", b'{"prompt":[' + b"7," * MANY + b"7]}",
+        b'{"prompt":[' + b"[7]," * MANY + b"[7]]}", b'{"prompt":[' + b"1.5," * MANY + b"7]}",
+        b'{"prompt":[' + b"1.5," * 399_000 + b"7]}", b'{"prompt":[' + b"[7.5]," * 199_000 + b"[7]]}",
+        b"{" + b",".join(b'"%x":1' % name for name in range(300_000)) + b"}", b'{"prompt":[' + b'"a",' * MANY + b"7]}",
+        b'{"stop":[' + b"{}," * 150_000 + b"7]}", b'{"prompt": "a", "messages":[' + b"{}," * 150_000 + b"7]}",
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_bodies_with_many_values(tiny: InProcess, body: bytes) -> None:
+    refused(tiny, "/v1/completions", body)
+    refused(tiny, "/v1/chat/completions", body)
+
+
 def raw(tiny: InProcess, *parts: bytes, pause: float = 0.0) -> bytes:
     """What comes back for bytes as they are."""
     with socket.create_connection(("127.0.0.1", tiny.port), timeout=5) as one:

@@ -6,19 +6,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from octavo.server.protocol.base import Body, Id, Short, TokenId
+from octavo.server.protocol.base import Body, Id, Ids, Short
 
 MAX_INPUTS = 2048
 MAX_CHARACTERS = 1 << 20
 Text = Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS)]
-Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS)]
-Ids = Annotated[list[TokenId], Field(min_length=1, max_length=1 << 20)]
+Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
 
 
 class EmbeddingRequest(Body):
     """OpenAI's fields; `prompt_name` is one of the model's own prompts."""
 
-    input: Text | Texts | Ids | Annotated[list[Ids], Field(min_length=1, max_length=MAX_INPUTS)]
+    input: Text | Texts | Ids | Annotated[list[Ids], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
     model: Short | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None

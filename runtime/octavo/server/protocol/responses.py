@@ -24,7 +24,7 @@ class Part(Body):
     logprobs: list[Any] | None = None
 
 
-Content = str | Annotated[list[Part], Field(max_length=MAX_MESSAGES)]
+Content = str | Annotated[list[Part], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class MessageItem(Body):
@@ -75,8 +75,8 @@ class ReasoningItem(Body):
 
     type: Literal["reasoning"]
     id: Short | None = None
-    summary: Annotated[list[Thought], Field(max_length=1024)] | None = None
-    content: Annotated[list[Thought], Field(max_length=1024)] | None = None
+    summary: Annotated[list[Thought], Field(max_length=1024, fail_fast=True)] | None = None
+    content: Annotated[list[Thought], Field(max_length=1024, fail_fast=True)] | None = None
     status: Status | None = None
 
 
@@ -144,13 +144,13 @@ class ResponsesRequest(Sampling):
         "return_token_ids": (False,), "return_tokens_as_token_ids": (False,), "add_special_tokens": (False,),
     }  # fmt: skip
 
-    input: str | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: str | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     model: Short | None = None
     instructions: str | None = None
     max_output_tokens: int | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=128)] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     text: TextSettings | None = None

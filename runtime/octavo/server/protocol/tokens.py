@@ -27,4 +27,4 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     model: Short | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=1 << 20)]
+    tokens: Annotated[list[TokenId], Field(max_length=1 << 20, fail_fast=True)]
