@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHAT, EMBEDDER, Program  # type: ignore[import-not-found]
+from serving_helpers import CHAT, EMBEDDER, Program
 
 QUESTION = "What is the capital of France?"
 

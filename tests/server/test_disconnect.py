@@ -7,7 +7,7 @@ import socket
 import time
 
 import httpx
-from conftest import InProcess  # type: ignore[import-not-found]
+from serving_helpers import InProcess
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 LONG = {"prompt": [[70, 71, 72]] * 16, "max_tokens": 100, "min_tokens": 100, "n": 8, "ignore_eos": True}

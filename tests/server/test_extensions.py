@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import InProcess, in_process  # type: ignore[import-not-found]
+from serving_helpers import InProcess, in_process
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message.content }}>{% endfor %}"

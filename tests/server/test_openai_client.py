@@ -8,8 +8,8 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import CHAT, EMBEDDER, Program  # type: ignore[import-not-found]
 from pydantic import BaseModel
+from serving_helpers import CHAT, EMBEDDER, Program
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 

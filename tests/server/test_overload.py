@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import InProcess, in_process  # type: ignore[import-not-found]
+from serving_helpers import InProcess, in_process
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import CHAT, Program  # type: ignore[import-not-found]
 from pydantic import BaseModel
+from serving_helpers import CHAT, Program
 
 WEATHER: Any = {
     "type": "function", "name": "get_weather", "description": "The weather in a city.", "strict": True,

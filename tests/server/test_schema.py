@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import schemathesis
-from conftest import InProcess  # type: ignore[import-not-found]
 from hypothesis import HealthCheck, Phase, given, settings
+from serving_helpers import InProcess
 
 PUBLISHED = Path("/work/shared/openai/openapi.json")
 EXAMPLES = settings(

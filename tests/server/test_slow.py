@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import InProcess, in_process  # type: ignore[import-not-found]
 from octavo.server import headers
+from serving_helpers import InProcess, in_process
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
