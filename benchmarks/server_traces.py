@@ -38,7 +38,7 @@ def main() -> int:
 
     import psutil
     from http_traces import Bench, Totals
-    from serving import program
+    from serving_helpers import program
     from test_http_traces import OPTIONS
     from tiny_models import make_model
 

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from conftest import Program, free_port, program  # type: ignore[import-not-found]
+from serving_helpers import Program, free_port, program  # type: ignore[import-not-found]
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 KEY = "a-key-for-prometheus"

@@ -7,8 +7,8 @@ import asyncio
 from pathlib import Path
 
 import psutil
-from conftest import program  # type: ignore[import-not-found]
 from http_traces import Bench, Totals  # type: ignore[import-not-found]
+from serving_helpers import program  # type: ignore[import-not-found]
 
 OPTIONS = (
     "--served-model-name", "tiny", "--dtype", "float32", "--device", "cpu", "--deterministic", "--num-blocks", "33",

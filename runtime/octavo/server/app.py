@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ValidationError
@@ -20,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo import __version__
 from octavo.errors import OctavoError
-from octavo.server import chat, completions, info
+from octavo.server import chat, completions, embeddings, info, responses, tokens
 from octavo.server.auth import KeyCheck
 from octavo.server.call import Server
 from octavo.server.errors import ApiError, on_error
@@ -28,6 +29,9 @@ from octavo.server.models import Models, Served
 from octavo.server.observe import Observer
 from octavo.server.protocol.chat import ChatCompletionRequest
 from octavo.server.protocol.completions import CompletionRequest
+from octavo.server.protocol.embeddings import EmbeddingRequest
+from octavo.server.protocol.responses import ResponsesRequest
+from octavo.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from octavo.server.settings import ServerSettings
 
 logger = logging.getLogger("octavo.server")
@@ -36,6 +40,10 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 _POSTS: list[tuple[str, Endpoint, type[BaseModel]]] = [
     ("/v1/chat/completions", chat.chat_completions, ChatCompletionRequest),
     ("/v1/completions", completions.completions, CompletionRequest),
+    ("/v1/responses", responses.responses, ResponsesRequest),
+    ("/v1/embeddings", embeddings.embeddings, EmbeddingRequest),
+    ("/tokenize", tokens.tokenize, TokenizeRequest),
+    ("/detokenize", tokens.detokenize, DetokenizeRequest),
 ]
 _GETS: list[tuple[str, Endpoint]] = [
     ("/v1/models", info.models),
@@ -75,16 +83,31 @@ def create_app(
         middleware=[Middleware(RequestIds, observer=server.observer), Middleware(KeyCheck, keys=settings.api_keys)],
     )  # fmt: skip
     app.state.server, app.state.failed = server, None
+    schemas: dict[str, Any] = {}
     for path, endpoint, kind in _POSTS:
-        schema = kind.model_json_schema(ref_template=f"#/components/schemas/{kind.__name__}/$defs/{{model}}")
-        content = {"application/json": {"schema": schema}}
+        schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= {**schema.pop("$defs", {}), kind.__name__: schema}
+        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
         extra = {"requestBody": {"required": True, "content": content}}
         app.add_api_route(path, endpoint, methods=["POST"], response_class=Response, openapi_extra=extra)
     for path, endpoint in _GETS:
         app.add_api_route(path, endpoint, methods=["GET"], response_class=Response)
+    _describe(app, schemas)
     for error in (OctavoError, ApiError, HTTPException, ValidationError, Exception):
         app.add_exception_handler(error, on_error)
     return app
+
+
+def _describe(app: FastAPI, schemas: dict[str, Any]) -> None:
+    """Bodies in `/openapi.json`: the endpoints read them by themselves, so FastAPI does not know of them."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        found = plain()
+        found.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
+        return found
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 async def _load(app: FastAPI, server: Server) -> None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from octavo.errors import RequestError
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
 from octavo.server.body import read_json
@@ -32,9 +33,7 @@ class Server:
     `when_failed` is called when a wanted model cannot be loaded.
     """
 
-    def __init__(
-        self, models: Models, settings: ServerSettings, observer: Observer, wanted: Sequence[Served]
-    ) -> None:
+    def __init__(self, models: Models, settings: ServerSettings, observer: Observer, wanted: Sequence[Served]) -> None:
         self.models, self.settings, self.observer, self.wanted = models, settings, observer, tuple(wanted)
         self.draining = False
         self.when_failed: Callable[[], None] = lambda: None
@@ -67,6 +66,8 @@ class Answer(Protocol):
     """Add BOS as the tokenizer does."""
     size: int
     """Characters that are still to be tokenised."""
+    names: dict[str, str]
+    """Fields of the engine's errors, with the names that the client knows."""
 
     def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]: ...
 
@@ -83,13 +84,16 @@ async def respond(
 
     async def start() -> tuple[Answer, Run]:
         loaded = await stack.enter_async_context(server.models.use(model))
-        loaded.llm.engine.check_generates()
+        loaded.check_generates()
         answer = await prepare(loaded)
         watch = server.observer.begin(endpoint, loaded.name, call.id, call.request.headers)
-        run = await Run.start(
-            loaded.llm, answer.prompts, answer.params, priority=priority, special=answer.special, stream=stream,
-            size=answer.size, watch=watch,
-        )  # fmt: skip
+        try:
+            run = await Run.start(
+                loaded.llm, answer.prompts, answer.params, priority=priority, special=answer.special, stream=stream,
+                size=answer.size, watch=watch,
+            )  # fmt: skip
+        except RequestError as error:
+            raise RequestError(str(error), answer.names.get(error.field or "", error.field)) from error
         stack.callback(run.close)
         return answer, run
 

@@ -9,21 +9,20 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from octavo.chat import ChatParser, ChatPlan, Delta, ReasoningDelta, TextDelta, ToolCallDelta, plan_chat
-from octavo.chat import response_format as as_plan
-from octavo.errors import RequestError
+from octavo.chat import ChatParser, ChatPlan, Delta, ReasoningDelta, TextDelta, ToolCallDelta
 from octavo.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamPiece
 from octavo.server.call import Answer, Call, respond
 from octavo.server.errors import refused
+from octavo.server.messages import chat_messages, check_template, template_variables
 from octavo.server.models import Loaded
-from octavo.server.prompts import off_loop, salt_of, salted, truncated
+from octavo.server.planning import planned, with_effort
+from octavo.server.prompts import salt_of, salted
 from octavo.server.protocol.chat import ChatCompletionRequest, NamedTool
 from octavo.server.run import Run
-from octavo.server.sampling import sampling_params
+from octavo.server.sampling import checked_room, form_name, sampling_params
 from octavo.server.shapes import chat_logprobs, prompt_logprobs, usage
 from octavo.server.streams import DONE, Frames, frame, json_text
 
-_NOT_VARIABLES = ("messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "self")
 MAX_TOP_LOGPROBS = 20
 
 
@@ -45,44 +44,28 @@ class ChatAnswer:
 
     def __init__(self, call: Call, body: ChatCompletionRequest, loaded: Loaded, plan: ChatPlan) -> None:
         self._body, self._plan, self._tokenizer = body, plan, loaded.llm.tokenizer
+        self.names = {"prompt": "messages", "prompt_token_ids": "messages", "structured_outputs": form_name(body)}
         self.params = plan.params
-        ids = truncated(plan.prompt["prompt_token_ids"], body.truncate_prompt_tokens, loaded.llm)
-        self.prompts = [salted({**plan.prompt, "prompt_token_ids": ids}, salt_of(call.salt, body.cache_salt))]
+        self.prompts = [salted(plan.prompt, salt_of(call.salt, body.cache_salt))]
         self._id, self._created, self._model = f"chatcmpl-{call.id}", int(time.time()), body.model or loaded.name
 
     @classmethod
     async def prepare(cls, call: Call, body: ChatCompletionRequest, loaded: Loaded) -> ChatAnswer:
         """Raises `RequestError` or `ApiError`."""
-        if body.chat_template is not None and not call.server.settings.allow_request_templates:
-            message = "this server takes no templates from requests (it can be started with --allow-request-templates)"
-            raise refused(message, "chat_template")
-        messages = [message.model_dump(exclude_none=True) for message in body.messages]
-        size = sum(len(text) for message in messages for text in _texts(message))
-        loaded.bound.check_size(size, "messages")
-        params = sampling_params(body, loaded.llm, max_tokens=_max_tokens(body), **_counted(body))
-        variables = _variables(body, loaded.llm.tokenizer.template_source(body.chat_template, tools=bool(body.tools)))
-        tools = None if body.tools is None else [tool.model_dump(exclude_none=True) for tool in body.tools]
-        form = None if body.response_format is None else body.response_format.model_dump(by_alias=True)
+        check_template(call, body.chat_template)
+        messages, size = chat_messages(body.messages)
+        params = sampling_params(body, loaded.llm, max_tokens=_max_tokens(body, loaded), **_counted(body))
+        source = loaded.llm.tokenizer.template_source(body.chat_template, tools=bool(body.tools))
         choice = body.tool_choice or "auto"
-
-        def plan() -> ChatPlan:
-            return plan_chat(
-                loaded.llm.tokenizer, messages, params, tools=tools,
-                tool_choice=choice.function.name if isinstance(choice, NamedTool) else choice,
-                parallel_tool_calls=body.parallel_tool_calls, chat_template=body.chat_template,
-                chat_template_kwargs=variables, **as_plan(form),
-            )  # fmt: skip
-
-        try:
-            found = await off_loop(1 << 30 if tools or form or body.chat_template else size, plan)
-        except RequestError as error:
-            if error.field in ("json_schema", "json_object"):
-                raise refused(str(error), "response_format") from error
-            raise
-        if body.add_special_tokens:
-            text = found.prompt["prompt"]
-            found.prompt["prompt_token_ids"] = await off_loop(size, lambda: loaded.llm.tokenizer.encode(text))
-        return cls(call, body, loaded, found)
+        plan = await planned(
+            loaded, messages, size, params, choice=choice.function.name if isinstance(choice, NamedTool) else choice,
+            tools=None if body.tools is None else [tool.model_dump(exclude_none=True) for tool in body.tools],
+            parallel=body.parallel_tool_calls,
+            form=None if body.response_format is None else body.response_format.model_dump(by_alias=True),
+            variables=with_effort(template_variables(body), body.reasoning_effort, source, "reasoning_effort"),
+            template=body.chat_template, keep=body.truncate_prompt_tokens, special=bool(body.add_special_tokens),
+        )  # fmt: skip
+        return cls(call, body, loaded, plan)
 
     # ---------------------------------------------------------------- whole
 
@@ -227,17 +210,12 @@ def _finish_reason(reason: str | None, parser: ChatParser) -> str | None:
 # -- what is asked ---------------------------------------------------------------------------------------------------
 
 
-def _texts(message: dict[str, Any]) -> list[str]:
-    content = message.get("content") or ""
-    found = [content] if isinstance(content, str) else [part["text"] for part in content]
-    found += [message[name] for name in ("reasoning_content", "reasoning") if name in message]
-    return found + [str(call["function"]["arguments"]) for call in message.get("tool_calls") or ()]
-
-
-def _max_tokens(body: ChatCompletionRequest) -> int | None:
-    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+def _max_tokens(body: ChatCompletionRequest, loaded: Loaded) -> int | None:
+    """By its newer name. None: as many as fit."""
+    given = body.max_completion_tokens
+    if body.max_tokens is not None and given not in (None, body.max_tokens):
         raise refused("max_completion_tokens and max_tokens differ: give one of them", "max_completion_tokens")
-    return body.max_completion_tokens
+    return None if given is None else checked_room("max_completion_tokens", given, loaded.llm)
 
 
 def _counted(body: ChatCompletionRequest) -> dict[str, Any]:
@@ -254,20 +232,3 @@ def _counted(body: ChatCompletionRequest) -> dict[str, Any]:
         if not 0 <= body.top_logprobs <= MAX_TOP_LOGPROBS:
             raise refused(f"top_logprobs must be from 0 to {MAX_TOP_LOGPROBS}", "top_logprobs")
     return {"logprobs": (body.top_logprobs or 0) if body.logprobs else None, "best_of": body.best_of}
-
-
-def _variables(body: ChatCompletionRequest, source: str) -> dict[str, Any]:
-    """For the template."""
-    found = dict(body.chat_template_kwargs or {})
-    for name in found:
-        if name in _NOT_VARIABLES or not name.isidentifier() or name.startswith("_"):
-            raise refused(f"chat_template_kwargs: {name[:80]!r} is no variable of a template", "chat_template_kwargs")
-    if body.reasoning_effort is not None:
-        if "reasoning_effort" not in source:
-            raise refused("this model has no levels of reasoning: leave reasoning_effort out", "reasoning_effort")
-        found["reasoning_effort"] = body.reasoning_effort
-    if body.continue_final_message:
-        found |= {"continue_final_message": True, "add_generation_prompt": bool(body.add_generation_prompt)}
-    elif body.add_generation_prompt is not None:
-        found["add_generation_prompt"] = body.add_generation_prompt
-    return found

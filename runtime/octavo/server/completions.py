@@ -18,7 +18,7 @@ from octavo.server.models import Loaded
 from octavo.server.prompts import off_loop, salt_of, salted, truncated
 from octavo.server.protocol.completions import CompletionRequest
 from octavo.server.run import Run
-from octavo.server.sampling import sampling_params
+from octavo.server.sampling import form_name, sampling_params
 from octavo.server.shapes import finite, prompt_logprobs, token_name, usage
 from octavo.server.streams import DONE, Frames, frame, json_text
 from octavo.structured_outputs import StructuredOutputsParams
@@ -44,6 +44,7 @@ class CompletionAnswer:
 
     def __init__(self, call: Call, body: CompletionRequest, loaded: Loaded, prompts: list[Any], size: int) -> None:
         self._body, self._tokenizer = body, loaded.llm.tokenizer
+        self.names = {"prompt_token_ids": "prompt", "structured_outputs": form_name(body)}
         salt = salt_of(call.salt, body.cache_salt)
         self.prompts, self.size = [salted(prompt, salt) for prompt in prompts], size
         self.special = body.add_special_tokens is not False

@@ -6,6 +6,7 @@ log says the rest."""
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ logger = logging.getLogger("octavo.server")
 RETRY_AFTER = 1
 """Seconds after which a client may ask again when the queue was full: a step of any model is shorter."""
 MESSAGE_CHARACTERS = 1000
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
     408: "invalid_request_error", 413: "invalid_request_error", 415: "invalid_request_error",
@@ -66,7 +68,7 @@ def api_error(error: BaseException, request_id: str = "") -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError):
-        return refused(str(error), error.field)
+        return refused(_ADDRESS.sub("", str(error)), error.field)  # a template can print an object
     if isinstance(error, ValidationError):
         return _of_validation(error)
     if isinstance(error, QueueFullError):
@@ -98,12 +100,17 @@ def _of_http(error: HTTPException) -> ApiError:
 
 
 def _of_validation(error: ValidationError) -> ApiError:
-    """The first thing that is wrong, by the name of its field. What was sent is not repeated: it may be long."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    """The first thing that is wrong, by the name of its field; of a field with several forms, what is wrong with the
+    one that comes nearest. What was sent is not repeated: it may be long."""
+    errors = error.errors(include_url=False, include_input=False)
+    first = max(errors, key=lambda one: len(one["loc"]))
     names = [str(part) for part in first["loc"] if not (isinstance(part, str) and _is_branch(part))]
+    if first["type"] == "unsupported_field":
+        place = ".".join([*names, str(first["ctx"]["name"])])
+        return ApiError(400, f"{place} is not supported: leave it out", param=place, code="unsupported_field")
     place = ".".join(names)
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"unknown field {place!r}", param=place, code="unknown_field")
+        return ApiError(400, f"unknown field {place[:200]!r}", param=place[:200], code="unknown_field")
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{place}: {message}" if place else message, param=place or None, code="invalid_value")
 

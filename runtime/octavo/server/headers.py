@@ -9,9 +9,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 MAX_HEAD = 64 << 10
 """Bytes of a request's line and headers."""
 HEAD_SECONDS = 15.0
-_TOO_LARGE = (
-    b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Type: application/json\r\nConnection: close\r\n"
-)
+_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Type: application/json\r\nConnection: close\r\n"
 _BODY = (
     b'{"error": {"message": "the headers are too long", "type": "invalid_request_error", "param": null, "code": null}}'
 )

@@ -17,7 +17,7 @@ from octavo.async_llm import AsyncLLM
 from octavo.config import EngineConfig, engine_config_from
 from octavo.errors import ConfigError
 from octavo.models.encoder_config import EncoderConfig
-from octavo.server.errors import ApiError
+from octavo.server.errors import ApiError, refused
 from octavo.server.prompts import TextBound
 
 Load = Callable[[EngineConfig], AsyncLLM]
@@ -58,6 +58,20 @@ class Loaded:
     @property
     def name(self) -> str:
         return self.served.names[0]
+
+    @property
+    def embeds(self) -> bool:
+        return isinstance(self.llm.engine.shape, EncoderConfig)
+
+    def check_generates(self) -> None:
+        """Raises `ApiError` for a model that makes no text."""
+        if self.embeds:
+            raise refused(f"{self.name} makes embeddings, no text", "model")
+
+    def check_embeds(self) -> None:
+        """Raises `ApiError` for one that makes no embeddings."""
+        if not self.embeds:
+            raise refused(f"{self.name} makes text, no embeddings", "model")
 
 
 class Models:
@@ -116,12 +130,15 @@ class Models:
     # ---------------------------------------------------------------- using one
 
     @asynccontextmanager
-    async def use(self, name: str | None) -> AsyncIterator[Loaded]:
-        """The model of this name, loaded if need be; it stays until the end of the `with`. None: the first one.
+    async def use(self, name: str | None, *, embeds: bool = False) -> AsyncIterator[Loaded]:
+        """The model of this name, loaded if need be; it stays until the end of the `with`. None: the first one, or the
+        first that is known to make embeddings.
 
         Raises:
             ApiError: 404, or 503 if it cannot be loaded now.
         """
+        if name is None and embeds:
+            name = next((one.name for one in self._loaded.values() if one.embeds), None)
         loaded = await self.get(self._find(name))
         loaded.users += 1
         try:

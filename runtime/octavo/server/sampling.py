@@ -28,10 +28,7 @@ def sampling_params(body: Sampling, llm: AsyncLLM, *, max_tokens: int | None, **
     `more`: parameters that have other names in the body."""
     given = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
     if body.max_tokens is not None:
-        room = llm.engine.limits.max_model_len
-        if body.max_tokens > room:
-            raise refused(f"max_tokens={body.max_tokens} exceeds what the model holds, {room} tokens", "max_tokens")
-        max_tokens = body.max_tokens
+        max_tokens = checked_room("max_tokens", body.max_tokens, llm)
     if given.get("use_beam_search") and given.get("temperature") is None:
         given["temperature"] = 0.0
     if body.logit_bias:
@@ -41,6 +38,20 @@ def sampling_params(body: Sampling, llm: AsyncLLM, *, max_tokens: int | None, **
         given["structured_outputs"] = form
     given.update((name, value) for name, value in more.items() if value is not None)
     return SamplingParams(max_tokens=max_tokens, **given)
+
+
+def checked_room(name: str, tokens: int, llm: AsyncLLM) -> int:
+    """A number of tokens to make. What has no room beside the prompt is cut, what never has room is refused."""
+    room = llm.engine.limits.max_model_len
+    if not 1 <= tokens <= room:
+        raise refused(f"{name} must be from 1 to {room}, which is what the model holds, not {tokens}", name)
+    return tokens
+
+
+def form_name(body: Sampling) -> str:
+    """The field that asks for a form of the output."""
+    given = (name for name in _GUIDED if getattr(body, name) is not None)
+    return next(given, "structured_outputs" if body.structured_outputs is not None else "response_format")
 
 
 def _biases(given: dict[str, float]) -> dict[int, float]:

@@ -42,9 +42,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, frames: Frames, held: AsyncExitStack, *, request_id: str, write_seconds: float
-    ) -> None:
+    def __init__(self, frames: Frames, held: AsyncExitStack, *, request_id: str, write_seconds: float) -> None:
         """`held` is closed at the end, begun or not."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]

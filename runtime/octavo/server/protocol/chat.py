@@ -39,9 +39,9 @@ class Message(Body):
     neutral: ClassVar[Neutral] = {"refusal": (), "audio": (), "function_call": (), "annotations": ([],)}
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
     name: Short | None = None
-    tool_calls: Annotated[list[CallMade], Field(max_length=1024)] | None = None
+    tool_calls: Annotated[list[CallMade], Field(max_length=1024, fail_fast=True)] | None = None
     tool_call_id: Short | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -90,14 +90,14 @@ class ChatCompletionRequest(Sampling):
         "prompt_cache_retention": (), "prompt_cache_options": (),
     }  # fmt: skip
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     model: Short | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None

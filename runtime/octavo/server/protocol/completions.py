@@ -6,14 +6,13 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from octavo.server.protocol.base import Neutral, Short, StreamOptions, TokenId
+from octavo.server.protocol.base import Ids, Neutral, Short, StreamOptions
 from octavo.server.protocol.chat import ResponseFormat
 from octavo.server.protocol.sampling import Sampling
 
 MAX_PROMPTS = 1024
-Ids = Annotated[list[TokenId], Field(min_length=1, max_length=1 << 22)]
-Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-Prompts = str | Texts | Ids | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+Prompts = str | Texts | Ids | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 
 
 class CompletionRequest(Sampling):

@@ -19,7 +19,7 @@ class StructuredOutputs(Body):
 
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: Annotated[list[str], Field(max_length=10_000)] | None = None
+    choice: Annotated[list[str], Field(max_length=10_000, fail_fast=True)] | None = None
     grammar: str | None = None
     json_object: bool | None = None
 
@@ -30,7 +30,7 @@ class Sampling(Body):
     temperature: Number | None = None
     top_p: Number | None = None
     n: int | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=64)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=64, fail_fast=True)] | None = None
     seed: int | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
@@ -42,13 +42,13 @@ class Sampling(Body):
     min_p: Number | None = None
     repetition_penalty: Number | None = None
     min_tokens: int | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: Literal[True] | None = None
-    bad_words: Annotated[list[StopString], Field(max_length=1024)] | None = None
-    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=1 << 18)] | None = None
+    bad_words: Annotated[list[StopString], Field(max_length=1024, fail_fast=True)] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=1 << 18, fail_fast=True)] | None = None
     prompt_logprobs: int | None = None
     use_beam_search: bool | None = None
     length_penalty: Number | None = None
@@ -58,7 +58,7 @@ class Sampling(Body):
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: Annotated[list[str], Field(max_length=10_000)] | None = None
+    guided_choice: Annotated[list[str], Field(max_length=10_000, fail_fast=True)] | None = None
     guided_grammar: str | None = None
     truncate_prompt_tokens: int | None = None
     add_special_tokens: bool | None = None
