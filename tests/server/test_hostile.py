@@ -316,6 +316,14 @@ def test_chats(tiny: InProcess, more: dict[str, Any], param: str) -> None:
     refused(tiny, "/v1/chat/completions", {"messages": [USER], **more}, param)
 
 
+@pytest.mark.parametrize("name", ["odd", "\x00", "é-", "str", "", "list[str]"])
+def test_unknown_names_come_back(tiny: InProcess, name: str) -> None:
+    for body, place in (({name: 1}, name), ({"messages": [{**USER, name: 1}]}, f"messages.0.{name}")):
+        error = refused(tiny, "/v1/chat/completions", {"messages": [USER], **body})
+        assert error["code"] == "unknown_field"
+        assert error["param"] == place.rstrip(".")
+
+
 def test_a_model_that_is_not_there(tiny: InProcess) -> None:
     error = refused(tiny, "/v1/completions", {"model": "../../etc/passwd", "prompt": "a"}, "model", 404)
     assert error["code"] == "model_not_found"

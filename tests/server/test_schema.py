@@ -12,6 +12,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from serving_helpers import InProcess
 
+pytestmark = pytest.mark.slow
 PUBLISHED = Path("/work/shared/openai/openapi.json")
 EXAMPLES = settings(
     max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate],
@@ -20,20 +21,30 @@ EXAMPLES = settings(
 PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/tokenize", "/detokenize"]
 
 
+REQUIRED = ("messages", "prompt", "input", "tokens")
+
+
 def check(tiny: InProcess, case: Any) -> None:
+    """The case as it is; then, as long as a field is refused that may be left out, without that field."""
     if isinstance(case.body, dict):
         for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             if isinstance(case.body.get(name), int) and case.body[name] > 4:
                 case.body[name] = 4  # a good request should end soon
         if isinstance(case.body.get("model"), str):
             case.body["model"] = "tiny"
-    reply = case.call(base_url=tiny.url, timeout=30)
-    assert reply.status_code < 500, reply.text
-    assert reply.elapsed < 10
-    if reply.status_code >= 400 and case.method != "HEAD":
+    for _ in range(8):
+        reply = case.call(base_url=tiny.url, timeout=30)
+        assert reply.status_code < 500, reply.text
+        assert reply.elapsed < 10
+        if reply.status_code < 400:
+            return
         error = json.loads(reply.text)["error"]
         assert set(error) == {"message", "type", "param", "code"}
         assert error["message"]
+        name = str(error["param"]).split(".")[0]
+        if not isinstance(case.body, dict) or name in REQUIRED or name not in case.body:
+            return
+        del case.body[name]
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -104,11 +104,14 @@ def _of_validation(error: ValidationError) -> ApiError:
     one that comes nearest. What was sent is not repeated: it may be long."""
     errors = error.errors(include_url=False, include_input=False)
     first = max(errors, key=lambda one: len(one["loc"]))
-    names = [str(part) for part in first["loc"] if not (isinstance(part, str) and _is_branch(part))]
+    *loc, last = first["loc"] or ("",)
+    names = [str(part) for part in loc if not (isinstance(part, str) and _is_branch(part))]
+    if first["type"] == "extra_forbidden" or not (isinstance(last, str) and _is_branch(last)):
+        names.append(str(last))
     if first["type"] == "unsupported_field":
         place = ".".join([*names, str(first["ctx"]["name"])])
         return ApiError(400, f"{place} is not supported: leave it out", param=place, code="unsupported_field")
-    place = ".".join(names)
+    place = ".".join(filter(None, names))
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"unknown field {place[:200]!r}", param=place[:200], code="unknown_field")
     message = first["msg"].removeprefix("Value error, ")
