@@ -1,5 +1,5 @@
-"""A client of streams that costs little, so that a thousand of them do not measure themselves: plain sockets, no parser.
-Used by the tests of load."""
+"""A client of streams that costs little, so that a thousand of them do not measure themselves: plain sockets, no
+parser. Used by the tests of load."""
 
 from __future__ import annotations
 
