@@ -74,6 +74,13 @@ Otlp = Annotated[
         help="Send traces there by OpenTelemetry: http://localhost:4318/v1/traces.",
     ),
 ]  # fmt: skip
+Drain = Annotated[
+    float,
+    typer.Option(
+        "--drain-seconds", metavar="S", rich_help_panel=_SERVER, min=0,
+        help="For running requests to end after a first SIGTERM or Ctrl-C; a second one ends at once.",
+    ),
+]  # fmt: skip
 NoKey = Annotated[
     bool, typer.Option("--no-api-key", rich_help_panel=_SERVER, help="Let anybody in who reaches --host.")
 ]
@@ -127,6 +134,7 @@ def serve(
     allow_request_templates: Templates = False,
     on_demand: OnDemand = False,
     models_memory: Memory = None,
+    drain_seconds: Drain = 30.0,
     log_format: LogForm = "text",
     log_level: LogLevel = "info",
     otlp_endpoint: Otlp = None,
@@ -171,6 +179,9 @@ def serve(
         memory = None if models_memory is None else int(models_memory * (1 << 30))
         tracer = NoTracer() if otlp_endpoint is None else OtlpTracer(otlp_endpoint)
         logs.set_up(log_format, log_level)
-        listen(models, settings, host=host, port=port, on_demand=on_demand, memory=memory, tracer=tracer)
+        listen(
+            models, settings, host=host, port=port, on_demand=on_demand, memory=memory, tracer=tracer,
+            drain_seconds=drain_seconds,
+        )  # fmt: skip
     except ConfigError as error:
         raise UsageProblem(str(error)) from error

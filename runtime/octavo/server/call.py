@@ -17,6 +17,7 @@ from octavo.errors import RequestError
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
 from octavo.server.body import read_json
+from octavo.server.errors import ApiError
 from octavo.server.models import Loaded, Models, Served
 from octavo.server.observe import Observer
 from octavo.server.run import Run
@@ -50,6 +51,8 @@ class Call:
 
     async def body(self, kind: type[B]) -> B:
         """Raises `ApiError` or `ValidationError`."""
+        if self.server.draining:
+            raise ApiError(503, "the server is ending", code="ending", headers={"Retry-After": "5"})
         found = kind.model_validate(await read_json(self.request, self.server.settings))
         own = getattr(found, "request_id", None)
         if own:

@@ -11,6 +11,7 @@ import uvicorn
 from octavo.errors import ConfigError
 from octavo.server.app import create_app
 from octavo.server.headers import BoundedHeaders
+from octavo.server.lifecycle import DrainingServer
 from octavo.server.models import Models, Served
 from octavo.server.observe import Observer
 from octavo.server.settings import ServerSettings
@@ -22,27 +23,33 @@ KEEP_ALIVE_SECONDS = 30
 
 def serve(
     served: Sequence[Served], settings: ServerSettings, *, host: str, port: int, on_demand: bool = False,
-    memory: int | None = None, tracer: Tracer | None = None,
+    memory: int | None = None, tracer: Tracer | None = None, drain_seconds: float = 30.0,
 ) -> None:  # fmt: skip
-    """Listen until SIGINT or SIGTERM.
+    """Listen until SIGINT or SIGTERM, as `lifecycle` says.
 
     Args:
         on_demand: load a model when it is first asked for.
         memory: bytes for all models together.
         tracer: takes a span for each request.
+        drain_seconds: for running requests to end when a signal has come.
 
     Raises:
         ConfigError: the port is taken, or two models have one name.
         OctavoError: a model cannot be loaded.
     """
     observer = Observer(tracer)
-    app = create_app(Models(served, memory=memory), settings, observer=observer, load=() if on_demand else None)
+    models = Models(served, memory=memory)
+    app = create_app(models, settings, observer=observer, load=() if on_demand else None)
     listening = _listening(host, port)
     config = uvicorn.Config(
         app, http=BoundedHeaders, ws="none", log_level="warning", access_log=False, server_header=False,
         date_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, backlog=BACKLOG,
     )  # fmt: skip
-    server = uvicorn.Server(config)
+
+    def drain() -> None:
+        app.state.server.draining = True
+
+    server = DrainingServer(config, drain=drain, busy=lambda: models.busy, drain_seconds=drain_seconds)
 
     def stop() -> None:
         server.should_exit = True

@@ -116,6 +116,11 @@ class Models:
         """All of these are loaded, and their engines run."""
         return all(one in self._loaded and not self._loaded[one].llm.engine.service.closed for one in wanted)
 
+    @property
+    def busy(self) -> bool:
+        """Calls run."""
+        return any(one.users for one in self._loaded.values())
+
     def loaded(self) -> list[Loaded]:
         return list(self._loaded.values())
 
