@@ -107,9 +107,11 @@ def test_arrows_between_the_floors_only_go_down() -> None:
     for path, module in imported(KERNELS):
         allowed = {"torch", "triton", "numpy", "llvmlite", "octavo_kernels"}
         assert module in allowed or module in sys.stdlib_module_names, f"{path} imports {module}"
-    above = {"langchain_octavo", "llama_index", "octavo_apps", "langchain_core", "gradio", "fastapi"}
+    above = {"langchain_octavo", "llama_index", "octavo_apps", "langchain_core", "gradio"}
     for path, module in imported(RUNTIME):
         assert module not in above, f"{path} imports {module}"
+        if module in ("fastapi", "starlette", "uvicorn", "pydantic"):
+            assert RUNTIME / "server" in path.parents, f"{path} imports {module}"
 
 
 def test_what_the_apps_import_is_declared(project: dict[str, Any]) -> None:
@@ -224,7 +226,7 @@ def test_the_lock_has_every_dependency_at_one_version(project: dict[str, Any]) -
     assert len(pinned) == len(lines), "a package is named twice"
     assert all("==" in line for line in lines)
     extras = project["optional-dependencies"]
-    for requirement in [*project["dependencies"], *extras["apps"], *extras["bench"], *extras["dev"]]:
+    for requirement in [*project["dependencies"], *extras["apps"], *extras["bench"], *extras["server"], *extras["dev"]]:
         assert name_of(requirement) in pinned, requirement
     assert pinned["torch"] == "torch==2.13.0", "a local version (+cpu) would not install on a GPU machine"
 
@@ -233,6 +235,9 @@ def test_what_the_runtime_imports_is_declared(project: dict[str, Any]) -> None:
     declared = {name_of(requirement) for requirement in project["dependencies"]} | {"octavo", "octavo-kernels"}
     plot = RUNTIME / "bench" / "plot.py"
     extra = {plot: {name_of(requirement) for requirement in project["optional-dependencies"]["bench"]}}
+    server = {name_of(requirement) for requirement in project["optional-dependencies"]["server"]}
+    server |= {"starlette", "pydantic", "pydantic-core"}  # FastAPI's own
+    extra |= dict.fromkeys((RUNTIME / "server").rglob("*.py"), server)
     for path, module in imported(RUNTIME):
         name = module.lower().replace("_", "-")
         known = declared | extra.get(path, set())

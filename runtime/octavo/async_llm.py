@@ -235,9 +235,10 @@ class AsyncLLM(Client):
         )
 
     async def embed(
-        self, texts: str | Sequence[str], *, prompt_name: str | None = None, return_exceptions: bool = False
-    ) -> list[EmbeddingOutput]:
-        """Embeddings of texts. See `LLM.embed`."""
+        self, texts: str | Sequence[str], *, prompt_name: str | None = None, return_exceptions: bool = False,
+        wait: bool = True,
+    ) -> list[EmbeddingOutput]:  # fmt: skip
+        """Embeddings of texts. See `LLM.embed`. Without `wait`, `QueueFullError` is raised where there is no room."""
         from octavo.embedding import embed_requests, output_of
 
         loop = asyncio.get_running_loop()
@@ -250,11 +251,14 @@ class AsyncLLM(Client):
         requests: list[EmbedRequest] = []
         found: dict[int, EmbeddingOutput | BaseException] = {}
         try:
-            for group in embed_requests(self.engine, texts, prompt_name, sink):
+            groups = embed_requests(self.engine, texts, prompt_name, sink)
+            while group := await asyncio.to_thread(next, groups, None):  # others have their turn while it tokenises
                 requests += group
                 for request in group:
-                    await _submit(service, request)
-                await asyncio.sleep(0)  # others have their turn between two groups
+                    if wait:
+                        await _submit(service, request)
+                    else:
+                        service.submit(request)
             while len(found) < len(requests):
                 place, event = await arrived.get()
                 found[place] = output_of(requests[place], event)

@@ -14,6 +14,7 @@ from octavo.errors import EngineClosedError, RequestError
 from octavo.models.encoder_config import EncoderConfig
 from octavo.outputs import EmbeddingOutput
 from octavo.texts import checked_texts
+from octavo.tokenizer import encoded
 
 GROUP = 32
 """Texts that are tokenised at once. The engine works on them while the next are tokenised, and an event loop gets its
@@ -44,7 +45,7 @@ def _groups(
 
 def _request(engine: Engine, text: str, place: int, sink: Callable[[int, EmbedEvent], None]) -> EmbedRequest:
     backend = engine.tokenizer.backend
-    found = backend.encode(text, add_special_tokens=False)
+    found = encoded(backend, text, False)
     room = engine.limits.max_model_len - backend.num_special_tokens_to_add(False)
     truncated = len(found.ids) > room
     found.truncate(room)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TEMPLATE_BYTES = 4 << 20
+_LONG = 4096
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 _FALLBACK_STEPS: list[dict[str, Any]] = [
     {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
@@ -102,7 +103,7 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`. A chat template writes its own special tokens: encode what it renders without them."""
         try:
-            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            return list(encoded(self.backend, text, add_special_tokens).ids)
         except (TypeError, UnicodeError) as error:
             reason = (
                 "has surrogates, which are no text"
@@ -241,6 +242,14 @@ class Tokenizer:
     def named_special_tokens(self) -> dict[str, str]:
         """The special tokens that have a role, such as {"eos_token": "<|im_end|>"}."""
         return dict(self._named)
+
+
+def encoded(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+    """What the library makes of a text. Other threads go on while it works on a long one: its `encode` holds the
+    interpreter (2 s for 660,000 characters, by hand), its `encode_batch` does not."""
+    if len(text) <= _LONG:
+        return backend.encode(text, add_special_tokens=add_special_tokens)
+    return backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
 
 
 # -- reading files ---------------------------------------------------------------------------------------------------

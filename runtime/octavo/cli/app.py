@@ -22,6 +22,7 @@ from octavo.cli.env import env
 from octavo.cli.generate import generate
 from octavo.cli.models import models
 from octavo.cli.options import Debug, UsageProblem, is_debug, paragraphs
+from octavo.cli.serve import serve
 from octavo.cli.translate import translate
 from octavo.errors import OctavoError
 
@@ -60,7 +61,7 @@ app = typer.Typer(
     name="octavo", cls=_Guarded, no_args_is_help=True, add_completion=False, rich_markup_mode="rich", epilog=EPILOG,
     pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
-for command in (chat, generate, translate, demo, bench, env):
+for command in (chat, generate, serve, translate, demo, bench, env):
     app.command(help=paragraphs(command.__doc__))(command)
 app.add_typer(models, name="models")
 app.add_typer(apps, name="app")

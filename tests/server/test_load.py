@@ -1,0 +1,115 @@
+"""Many at once: a thousand streams, and more than the queue takes."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from serving_helpers import Program, program  # type: ignore[import-not-found]
+from streams_client import Streamed, post  # type: ignore[import-not-found]
+
+STREAMS, TOKENS = 1000, 8
+MEMORY_OF_A_STREAM = 150_000
+"""Bytes, of server and engine together: connection, task, request, its tokens."""
+
+
+class Peak:
+    """The most memory that some processes hold together, sampled."""
+
+    def __init__(self, processes: list[psutil.Process]) -> None:
+        self._processes, self._stop = processes, threading.Event()
+        self.base = self.most = self.now()
+        self._thread = threading.Thread(target=self._watch)
+
+    def now(self) -> int:
+        return sum(process.memory_info().rss for process in self._processes)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.05):
+            self.most = max(self.most, self.now())
+
+    def __enter__(self) -> Peak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+@pytest.fixture(scope="module")
+def busy(tiny_model: Path) -> Iterator[Program]:
+    """A tiny model with room for a thousand, sixteen at a time."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 4 * STREAMS and hard >= 4 * STREAMS:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4 * STREAMS, hard))
+    options = ("--max-num-seqs", "64", "--max-queued-requests", str(STREAMS), "--log-level", "warning")
+    with program("--model", str(tiny_model), "--served-model-name", "tiny", "--device", "cpu", *options) as running:
+        yield running
+
+
+def request(number: int, tokens: int = TOKENS) -> dict[str, object]:
+    return {
+        "model": "tiny", "prompt": [3 + number % 200, 7, 9], "max_tokens": tokens, "ignore_eos": True, "stream": True,
+        "seed": number,
+    }  # fmt: skip
+
+
+async def crowd(url: str, numbers: range, tokens: int = TOKENS) -> list[Streamed]:
+    return await asyncio.gather(*(post(url, "/v1/completions", request(number, tokens)) for number in numbers))
+
+
+def test_a_thousand_streams_all_finish_in_turn(busy: Program) -> None:
+    parent = psutil.Process(busy.process.pid)
+    asyncio.run(crowd(busy.url, range(100)))  # what is held for ever is held from here on
+    with Peak([parent, *parent.children(recursive=True)]) as memory:
+        began = time.monotonic()
+        streams = asyncio.run(crowd(busy.url, range(STREAMS)))
+        seconds = time.monotonic() - began
+    assert [one.status for one in streams] == [200] * STREAMS
+    assert all(one.done for one in streams)
+    each = (memory.most - memory.base) / STREAMS
+    running = [one.ended - one.arrivals[0] for one in streams]
+    print(
+        f"{STREAMS} streams of {TOKENS} tokens: {seconds:.1f} s, {STREAMS * TOKENS / seconds:.0f} tokens/s, "
+        f"{each / 1e3:.0f} kB a stream; from first token to last: median {statistics.median(running):.2f} s, "
+        f"longest {max(running):.2f} s"
+    )
+    assert each < MEMORY_OF_A_STREAM
+    assert max(running) < 5 * statistics.median(running) + 1, "some starve while others run"
+
+
+def test_beyond_the_queue_there_is_a_429_at_once(busy: Program) -> None:
+    async def scene() -> list[Streamed]:
+        filling = asyncio.create_task(crowd(busy.url, range(STREAMS + 200), tokens=200))
+        await asyncio.sleep(2)
+        found = []
+        for number in range(40):
+            with suppress(TimeoutError):  # one that found a place
+                async with asyncio.timeout(1):
+                    found.append(await post(busy.url, "/v1/completions", request(number), keep=True))
+        filling.cancel()
+        with suppress(asyncio.CancelledError):
+            await filling
+        return found
+
+    refused = asyncio.run(scene())
+    turned_away = [one for one in refused if one.status == 429]
+    assert len(turned_away) > 20
+    for one in turned_away:
+        assert b"retry-after: 1\r\n" in one.headers.lower()
+        assert b'"code":"queue_full"' in one.body.replace(b" ", b"")
+    times = sorted(one.ended - one.began for one in turned_away)
+    print(f"429 after {statistics.median(times) * 1e3:.1f} ms, at most {times[-1] * 1e3:.1f}")
+    assert statistics.median(times) < 0.05
+    deadline = time.monotonic() + 10
+    while not asyncio.run(crowd(busy.url, range(1)))[0].done:
+        assert time.monotonic() < deadline, "those who left still have their places"
