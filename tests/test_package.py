@@ -213,7 +213,7 @@ def test_version_and_extras(project: dict[str, Any]) -> None:
 
     assert octavo.__version__ == project["version"]
     assert set(project["optional-dependencies"]) == {
-        "langchain", "llama-index", "server", "apps", "gguf", "ray", "bench", "dev",
+        "langchain", "llama-index", "server", "otel", "apps", "gguf", "ray", "bench", "dev",
     }  # fmt: skip
     assert project["requires-python"] == ">=3.11,<3.14"
     assert "torch>=2.11" in project["dependencies"]
@@ -226,7 +226,7 @@ def test_the_lock_has_every_dependency_at_one_version(project: dict[str, Any]) -
     assert len(pinned) == len(lines), "a package is named twice"
     assert all("==" in line for line in lines)
     extras = project["optional-dependencies"]
-    for requirement in [*project["dependencies"], *extras["apps"], *extras["bench"], *extras["server"], *extras["dev"]]:
+    for requirement in [*project["dependencies"], *extras["apps"], *extras["bench"], *extras["server"], *extras["otel"], *extras["dev"]]:
         assert name_of(requirement) in pinned, requirement
     assert pinned["torch"] == "torch==2.13.0", "a local version (+cpu) would not install on a GPU machine"
 
@@ -238,6 +238,7 @@ def test_what_the_runtime_imports_is_declared(project: dict[str, Any]) -> None:
     server = {name_of(requirement) for requirement in project["optional-dependencies"]["server"]}
     server |= {"starlette", "pydantic", "pydantic-core"}  # FastAPI's own
     extra |= dict.fromkeys((RUNTIME / "server").rglob("*.py"), server)
+    extra[RUNTIME / "server" / "tracing.py"] = {"opentelemetry"}  # the extra otel
     for path, module in imported(RUNTIME):
         name = module.lower().replace("_", "-")
         known = declared | extra.get(path, set())
