@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,9 +37,10 @@ class Noted(Watch):
 
 class Notes(Observer):
     def __init__(self) -> None:
+        super().__init__()
         self.all: list[Noted] = []
 
-    def begin(self, endpoint: str, model: str, request_id: str) -> Watch:
+    def begin(self, endpoint: str, model: str, request_id: str, headers: Mapping[str, str]) -> Watch:
         self.all.append(Noted(endpoint, model, request_id))
         return self.all[-1]
 
