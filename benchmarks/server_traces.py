@@ -14,17 +14,18 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path[:0] = [str(TESTS / "runtime"), str(TESTS / "server")]
 
 
-async def run(bench: object, totals: object, seeds: range, at_once: int) -> None:
+async def run(bench: Any, totals: Any, seeds: range, at_once: int) -> None:
     waiting = iter(seeds)
 
     async def worker() -> None:
         for seed in waiting:
-            await bench.trace(seed, totals)  # type: ignore[attr-defined]
+            await bench.trace(seed, totals)
 
     await asyncio.gather(*(worker() for _ in range(at_once)))
 
@@ -65,8 +66,8 @@ def main() -> int:
     return 0
 
 
-def _memory(processes: list[object]) -> int:
-    return sum(process.memory_info().rss for process in processes)  # type: ignore[attr-defined]
+def _memory(processes: list[Any]) -> int:
+    return sum(process.memory_info().rss for process in processes)
 
 
 if __name__ == "__main__":

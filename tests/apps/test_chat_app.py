@@ -32,7 +32,7 @@ def chat(new_chat: New) -> Iterator[browser.ChatTab]:
 
 
 def test_an_answer_streams_and_the_figures_are_those_of_the_engine(chat: browser.ChatTab) -> None:
-    chat.set_number("Most tokens", 160)
+    chat.set_number("Most tokens", 400)
     chat.begin(LONG)
     sizes = set()
     while chat.stop.is_visible():

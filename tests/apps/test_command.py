@@ -29,10 +29,9 @@ def test_the_page_is_served_on_loopback_and_ctrl_c_ends_it(app: str) -> None:
             assert f"Octavo {app}" in page.read().decode()
             policy = page.headers["content-security-policy"]
         assert "default-src 'self'" in policy
-        if app == "chat":  # the same for both, and a start takes seconds
-            taken = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-            assert taken.returncode == 2
-            assert "Choose another --port" in taken.stderr
+        taken = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert taken.returncode == 2
+        assert "Choose another --port" in taken.stderr
         sockets = psutil.Process(process.pid).net_connections("inet")
         assert {one.laddr.ip for one in sockets if one.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
         process.send_signal(signal.SIGINT)

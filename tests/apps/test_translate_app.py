@@ -284,11 +284,11 @@ def test_bad_texts_are_a_sentence_and_the_next_one_works(tab: browser.TranslateT
     tab.go.click()
     expect(tab.notice).to_contain_text("in Mongolian, a language that the model lacks")
     tab.page.evaluate(
-        """() => { const area = document.querySelector('#source textarea'); area.value = 'mot '.repeat(500000);
+        """() => { const area = document.querySelector('#source textarea'); area.value = 'mot '.repeat(2500000);
                    area.dispatchEvent(new Event('input', {bubbles: true})); }"""
     )
     tab.go.click()
-    expect(tab.notice).to_contain_text("This text has 2,000,000 characters", timeout=60_000)
+    expect(tab.notice).to_contain_text("This text has 10,000,000 characters", timeout=60_000)
     assert tab.translate("Bonjour à tous.")
     expect(tab.notice).to_have_count(0)
 

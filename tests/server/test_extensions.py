@@ -188,6 +188,19 @@ def test_forms_exclude_each_other(tiny: InProcess) -> None:
     assert reply.json()["error"]["param"] == "guided_choice"
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("form", [{"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": {}}}])
+def test_a_response_format_excludes_other_forms(tiny: InProcess, path: str, form: dict[str, object]) -> None:
+    asked = {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
+    reply = httpx.post(f"{tiny.url}{path}", json={**asked, "response_format": form, "guided_regex": "a"})
+    assert reply.status_code == 400, reply.text
+
+
+def test_text_leaves_another_form_as_it_is(tiny: InProcess) -> None:
+    given = {"response_format": {"type": "text"}, "guided_choice": ["ab"]}
+    assert post(tiny, "/v1/completions", prompt="a", **given)["choices"][0]["text"] == "ab"
+
+
 def test_beams(tiny: InProcess) -> None:
     found = post(tiny, "/v1/completions", prompt=[70], use_beam_search=True, n=3, beam_width=4, max_tokens=4)
     assert len(found["choices"]) == 3

@@ -20,7 +20,7 @@ SLOW = LONG | {"n": 32, "max_tokens": 200, "logprobs": 5}
 
 @pytest.fixture
 def ending(tiny_model: Path) -> Iterator[Program]:
-    options = ("--served-model-name", "tiny", "--device", "cpu", "--drain-seconds", "20", "--max-num-seqs", "4")
+    options = ("--served-model-name", "tiny", "--device", "cpu", "--drain-seconds", "120", "--max-num-seqs", "4")
     with program("--model", str(tiny_model), *options) as running:
         yield running
 

@@ -74,7 +74,7 @@ def _see(module: ir.Module, *, kind: str) -> None:
 
         highest = code.variable(code.splat(code.load(tops, 0, f32)))
         with code.loop(0, whole, LANES) as at:
-            highest.set(code.maximum(b.fmul(_load(code, logits, at, kind), factor), highest.get()))
+            highest.set(code.maximum(b.fmul(code.numbers(logits, at, kind), factor), highest.get()))
         # outside a factor of 0 would make NaN of minus infinity
         last = b.select(rest, b.fmul(_load_rest(code, logits, whole, kind, rest), factor), code.floats(float("-inf")))
         top = code.highest(code.maximum(last, highest.get()))
@@ -94,7 +94,7 @@ def _see(module: ir.Module, *, kind: str) -> None:
                 lowest.set(code.load(values, code.mul(code.sub(count, 1), 4), f32))
 
         with code.loop(0, whole, LANES) as at:
-            one(b.fmul(_load(code, logits, at, kind), factor), at, code.integer(LANES))
+            one(b.fmul(code.numbers(logits, at, kind), factor), at, code.integer(LANES))
         with b.if_then(b.icmp_signed("<", whole, size)):
             one(last, whole, code.sub(size, whole))
 
@@ -122,12 +122,6 @@ def _sort_in(code: Code, value: Value, token: Value, values: Value, tokens: Valu
         its_token.set(b.select(moves, its, its_token.get()))
 
 
-def _load(code: Code, base: Value, at: Value, kind: str) -> Value:
-    if kind == "f32":
-        return code.load(base, code.mul(at, 4), v16f)
-    return _widened(code, code.load(base, code.mul(at, 2), v16s))
-
-
 def _load_rest(code: Code, base: Value, at: Value, kind: str, inside: Value) -> Value:
     """Zeros where there is nothing."""
     width = 4 if kind == "f32" else 2
@@ -135,7 +129,7 @@ def _load_rest(code: Code, base: Value, at: Value, kind: str, inside: Value) -> 
     place, align = code.at(base, code.mul(at, width)), ir.Constant(i32, width)
     empty = ir.Constant(held, [0] * LANES)
     value = code.call(f"llvm.masked.load.{suffix}.p0", held, place, align, inside, empty)
-    return value if kind == "f32" else _widened(code, value)
+    return value if kind == "f32" else code.widened(value)
 
 
 def _number(code: Code, base: Value, at: Value, kind: str) -> Value:
@@ -144,8 +138,3 @@ def _number(code: Code, base: Value, at: Value, kind: str) -> Value:
     b = code.b
     half = code.load(base, code.mul(at, 2), ir.IntType(16))
     return b.bitcast(b.shl(b.zext(half, i32), ir.Constant(i32, 16)), f32)
-
-
-def _widened(code: Code, halves: Value) -> Value:
-    b = code.b
-    return b.bitcast(b.shl(b.zext(halves, v16i), code.ints(16)), v16f)

@@ -14,7 +14,7 @@ import torch
 from llvmlite import ir
 
 from octavo_kernels.cpu.compiler import Library, library_of
-from octavo_kernels.cpu.emit import LANES, Code, Value, f32, i32, v16b, v16f, v16i, v16s
+from octavo_kernels.cpu.emit import LANES, Code, Value, f32, i32, v16b, v16f, v16i
 from octavo_kernels.cpu.program import run_alone
 
 MIDDLE, HIGHEST = 128, 127
@@ -87,7 +87,7 @@ def _quantise(module: ir.Module, *, name: str, kind: str) -> None:
         place = code.at(code.step_pointer(1), code.mul(row, inputs))
         largest = code.variable(code.ints(0))  # magnitudes as integers: of a NaN they are the largest
         with code.loop(0, inputs, LANES) as at:
-            bits = b.and_(b.bitcast(_load(code, x, at, kind), v16i), code.ints(0x7FFFFFFF))
+            bits = b.and_(b.bitcast(code.numbers(x, at, kind), v16i), code.ints(0x7FFFFFFF))
             held = largest.get()
             largest.set(b.select(b.icmp_unsigned(">", bits, held), bits, held))
         highest = b.bitcast(code.call("llvm.vector.reduce.umax.v16i32", i32, largest.get()), f32)
@@ -95,7 +95,7 @@ def _quantise(module: ir.Module, *, name: str, kind: str) -> None:
         some = b.fcmp_ordered(">", highest, code.scalar(0.0))
         factor = code.splat(b.select(some, b.fdiv(code.scalar(HIGHEST), highest), code.scalar(0.0)))
         with code.loop(0, inputs, LANES) as at:
-            whole = code.call("llvm.roundeven.v16f32", v16f, b.fmul(_load(code, x, at, kind), factor))
+            whole = code.call("llvm.roundeven.v16f32", v16f, b.fmul(code.numbers(x, at, kind), factor))
             shifted = b.add(b.fptosi(whole, v16i), code.ints(MIDDLE))
             code.store(b.trunc(shifted, v16b), place, at)
     code.finish()
@@ -137,10 +137,3 @@ def _scale(module: ir.Module, *, name: str, kind: str, bias: bool, relu: bool) -
 def _masked_load(code: Code, base: Value, at: Value, mask: Value) -> Value:
     place = code.at(base, code.mul(at, 4))
     return code.call("llvm.masked.load.v16f32.p0", v16f, place, ir.Constant(i32, 4), mask, code.floats(0.0))
-
-
-def _load(code: Code, base: Value, at: Value, kind: str) -> Value:
-    if kind == "f32":
-        return code.load(base, code.mul(at, 4), v16f)
-    halves = code.b.zext(code.load(base, code.mul(at, 2), v16s), v16i)
-    return code.b.bitcast(code.b.shl(halves, code.ints(16)), v16f)

@@ -125,6 +125,16 @@ class Code:
     def store(self, value: Value, base: Value, offset: Value) -> None:
         self.b.store(value, self.at(base, offset), align=1)
 
+    def numbers(self, base: Value, at: Value, kind: str) -> Value:
+        """As float32, `LANES` numbers from number `at` on; `kind`: "f32" or "bf16"."""
+        if kind == "f32":
+            return self.load(base, self.mul(at, 4), v16f)
+        return self.widened(self.load(base, self.mul(at, 2), v16s))
+
+    def widened(self, halves: Value) -> Value:
+        """Bits of bfloat16 numbers as float32 numbers."""
+        return self.b.bitcast(self.b.shl(self.b.zext(halves, v16i), self.ints(16)), v16f)
+
     def load_int(self, base: Value, offset: Value) -> Value:
         """A signed 32-bit integer, as 64 bits."""
         return self.b.sext(self.load(base, offset, i32), i64)

@@ -10,6 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from octavo.chat import response_format
 from octavo.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamPiece, TokenLogprobs
 from octavo.sampling_params import MAX_CHOICES
 from octavo.server.call import Answer, Call, respond
@@ -59,8 +60,7 @@ class CompletionAnswer:
         self.params = sampling_params(
             body, loaded.llm, max_tokens=DEFAULT_MAX_TOKENS, best_of=body.best_of, logprobs=body.logprobs
         )
-        if body.response_format is not None:
-            self.params = replace(self.params, structured_outputs=_form(body))
+        self.params = replace(self.params, structured_outputs=_form(body, self.params.structured_outputs))
         if self._echo and body.logprobs is not None and body.prompt_logprobs is None:
             self.params = replace(self.params, prompt_logprobs=body.logprobs)
         if len(prompts) * self.params.width > MAX_OUTPUTS:
@@ -253,13 +253,11 @@ def _check_stream(body: CompletionRequest) -> None:
         raise refused("echo with logprobs cannot be streamed: leave out one of echo, logprobs and stream", "echo")
 
 
-def _form(body: CompletionRequest) -> StructuredOutputsParams | None:
-    """Of `response_format`."""
-    form = body.response_format
-    if form is None or form.type == "text":
-        return None
-    if form.type == "json_object":
-        return StructuredOutputsParams(json_object=True)
-    if form.json_schema is None:
-        raise refused("response_format needs json_schema", "response_format")
-    return StructuredOutputsParams(json=form.json_schema.schema_)
+def _form(body: CompletionRequest, given: StructuredOutputsParams | None) -> StructuredOutputsParams | None:
+    """Of `response_format`, or what another field gave. Raises `RequestError` or `ApiError`."""
+    form = None if body.response_format is None else response_format(body.response_format.model_dump(by_alias=True))
+    if not form:
+        return given
+    if given is not None:
+        raise refused(f"response_format and {form_name(body)} exclude each other: give one of them", "response_format")
+    return StructuredOutputsParams(json=form.get("json_schema"), json_object=form.get("json_object"))
