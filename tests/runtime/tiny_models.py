@@ -24,7 +24,6 @@ from octavo.execute.graphed_runner import GraphedRunner
 from octavo.execute.graphs import CallAgain, StepGraphs
 from octavo.execute.runner import Runner
 from octavo.execute.table import RowTable
-from octavo.layers.linear import Product, ProductMaker
 from octavo.models.cache import cache_dir
 from octavo.models.config import ModelConfig, load_config
 from octavo.models.llama_packed import CACHE_BLOCK as PACKED_BLOCK
@@ -123,17 +122,14 @@ def make_model(name: str, folder: Path, *, seed: int = 0, **changes: Any) -> Pat
 class Parts:
     """A loaded model, from which any number of cores with caches of any size are made."""
 
-    def __init__(
-        self, path: Path, dtype: torch.dtype, max_len: int = 512, *, deterministic: bool = False,
-        product: ProductMaker | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, path: Path, dtype: torch.dtype, max_len: int = 512, *, deterministic: bool = False) -> None:
         self.path, self.dtype = path, dtype
         self.files = resolve(str(path))
         self.config: ModelConfig = load_config(self.files)
         self.device = torch.device("cpu")
         self.model: Any = load_model(
             self.files, self.config, load_format="auto", max_len=max_len, dtype=dtype, device=self.device,
-            product=product or product_for(self.device, deterministic),
+            product=product_for(self.device, deterministic),
         )
 
     def core(
@@ -180,17 +176,12 @@ class PackedParts(Parts):
         return Runner(model, kv, table, ProgramAttention())
 
 
-def _as_on_a_gpu(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Product, bool]:
-    """Weights stay where they are: kernels read them."""
-    return lambda x: torch.nn.functional.linear(x, weight, bias), False
-
-
 class GraphedParts(Parts):
     """The way of a GPU, with its attention and recorded steps, on the CPU: recordings are functions called again.
     `undivided`: instead of the attention's own."""
 
     def __init__(self, path: Path, dtype: torch.dtype, undivided: Callable[[int], int] | None = None) -> None:
-        super().__init__(path, dtype, product=_as_on_a_gpu)
+        super().__init__(path, dtype)
         self.undivided = undivided
 
     def _runner(self, resolved: Resolved, kv: KVCache, table: RowTable, model: Any) -> Runner:

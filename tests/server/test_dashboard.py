@@ -65,6 +65,8 @@ def ask(prometheus: str, query: str) -> list[Any]:
         reply = httpx.get(f"{prometheus}/api/v1/query", params={"query": query})
     except httpx.ConnectError:
         return []  # it is starting
+    if reply.status_code == 503:
+        return []  # it reads its files
     answer = reply.json()
     assert answer["status"] == "success", f"{query}: {answer.get('error')}"
     return [float(item["value"][1]) for item in answer["data"]["result"]]

@@ -32,7 +32,7 @@ from octavo.execute.sizing import Card, Sizes, blocks_in_ram, blocks_on_gpu, usa
 from octavo.execute.sources import Seq2SeqRunner, SourceTable
 from octavo.execute.table import RowTable
 from octavo.layers.byte_linear import byte_product
-from octavo.layers.linear import ProductMaker, product_with
+from octavo.layers.linear import ProductMaker, packed_product
 from octavo.models.cache import cache_dir
 from octavo.models.loader import Progress, fill
 from octavo.models.m2m100 import M2M100Family
@@ -88,7 +88,7 @@ def build_seq2seq(
     """Load the model and put an engine around it."""
     threads = limit_torch_threads()
     keep_objects_in(cache_dir() / "kernels")
-    product = byte_product if rounds_to_bytes(config, model_config, resolved.device) else product_with
+    product = byte_product if rounds_to_bytes(config, model_config, resolved.device) else packed_product
     dummy = config.load_format == "dummy"
     with open_dummy() if dummy else open_folder(files) as reader:
         model = load_seq2seq(reader, model_config, resolved, dummy=dummy, progress=progress, product=product)
@@ -125,7 +125,7 @@ def _attention(
 
 def load_seq2seq(
     reader: WeightReader, config: Seq2SeqConfig, resolved: Resolved, *, dummy: bool = False,
-    progress: Progress | None = None, product: ProductMaker = product_with,
+    progress: Progress | None = None, product: ProductMaker = packed_product,
 ) -> Family:  # fmt: skip
     """Raises `ModelFileError` where weights and configuration do not fit together."""
     family = T5Family if config.relative_buckets else M2M100Family
