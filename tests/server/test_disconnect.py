@@ -10,7 +10,7 @@ import httpx
 from serving_helpers import InProcess
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-LONG = {"prompt": [[70, 71, 72]] * 64, "max_tokens": 100, "min_tokens": 100, "n": 8, "ignore_eos": True}
+LONG = {"prompt": [[70, 71, 72]] * 16, "max_tokens": 100, "min_tokens": 100, "n": 8, "ignore_eos": True}
 
 
 def begun(tiny: InProcess, body: object) -> socket.socket:
@@ -39,13 +39,14 @@ def test_while_it_waits_for_a_whole_answer(tiny: InProcess) -> None:
 
 def test_in_the_middle_of_a_stream(tiny: InProcess) -> None:
     with httpx.stream("POST", f"{tiny.url}/v1/completions", json={**LONG, "stream": True}) as reply:
-        next(reply.iter_lines())
+        lines = reply.iter_lines()  # held: httpx closes the connection with the iterator
+        next(lines)
         assert running(tiny)
     assert tiny.idle()
 
 
 def test_while_it_waits_in_the_queue(tiny: InProcess) -> None:
-    many = [begun(tiny, LONG) for _ in range(12)]  # 6144 sequences, of which 16 run
+    many = [begun(tiny, LONG) for _ in range(12)]  # 1536 sequences, of which 16 run
     assert running(tiny, more_than=50)
     for one in reversed(many):
         one.close()
