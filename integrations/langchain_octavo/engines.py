@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any, ClassVar, Self
 
 from octavo.config import _ALIASES, _NOT_YET, EngineConfig, engine_config_from
-from octavo.engine.service import EngineStats
+from octavo.engine.contract import EngineStats
 from octavo.errors import ConfigError, EngineClosedError
 from octavo.models.sources import DEFAULT_MODEL
 from octavo.shared import SharedEngine

@@ -4,7 +4,6 @@ engine."""
 from __future__ import annotations
 
 import asyncio
-import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -14,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Self
 from octavo.beam_search import BeamSearchOutput, BeamSearchParams, beam_search_output, checked_params
 from octavo.client import Client, Message, Prompt
 from octavo.decode.assemble import Assembler
-from octavo.engine.contract import Work
+from octavo.engine.contract import Service, Work
 from octavo.engine.embed_request import EmbedEvent, EmbedRequest
 from octavo.engine.request import Request, Sink, TokenEvent
-from octavo.engine.service import EngineService
 from octavo.errors import QueueFullError, RequestError
 from octavo.llm import Params, _as_batch, _each, conversations, settled
 from octavo.models.sources import DEFAULT_MODEL
 from octavo.outputs import EmbeddingOutput, RequestOutput, StreamPiece, TranslationOutput
+from octavo.post import post
 from octavo.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ class AsyncTokenStream:
     piece, if there is one: a request whose grammar is new begins when it is compiled."""
 
     def __init__(
-        self, assembler: Assembler, events: asyncio.Queue[TokenEvent], service: EngineService,
+        self, assembler: Assembler, events: asyncio.Queue[TokenEvent], service: Service,
         begin: Callable[[], Awaitable[None]] | None = None,
     ) -> None:  # fmt: skip
         self._assembler, self._events, self._service, self._begin = assembler, events, service, begin
@@ -90,7 +89,7 @@ class AsyncTokenStream:
 class _Whole:
     """One request whose output is wanted as a whole: nobody is woken for its pieces."""
 
-    def __init__(self, make: Callable[[Sink], Assembler], service: EngineService) -> None:
+    def __init__(self, make: Callable[[Sink], Assembler], service: Service) -> None:
         """`make` makes the request, with the sink that it is given."""
         self._service = service
         self._assembler = make(self.push)
@@ -123,44 +122,6 @@ class _Whole:
         self.output.cancel()
 
 
-class _Post:
-    """Hands events of the engine's thread over to one event loop: all that a step brings in one go, as waking a loop
-    costs more than the rest."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = weakref.ref(loop)
-        self._waiting: deque[tuple[Callable[[TokenEvent], None], TokenEvent]] = deque()
-        self._on_the_way = False
-
-    def put(self, take: Callable[[TokenEvent], None], event: TokenEvent) -> None:
-        """Call `take(event)` soon on the loop; `take` must not raise. Any thread."""
-        loop = self._loop()
-        if loop is None or loop.is_closed():
-            raise RuntimeError("the event loop was closed")
-        self._waiting.append((take, event))
-        if not self._on_the_way:
-            self._on_the_way = True  # before it is: it may arrive at once
-            loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        self._on_the_way = False  # first: what is put from here on may come too late for this round
-        while self._waiting:
-            take, event = self._waiting.popleft()
-            take(event)
-
-    def sink(self, take: Callable[[TokenEvent], None]) -> Sink:
-        return lambda event: self.put(take, event)
-
-
-_posts: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Post] = weakref.WeakKeyDictionary()
-
-
-def _post() -> _Post:
-    """That of the running loop."""
-    loop = asyncio.get_running_loop()
-    return _posts.setdefault(loop, _Post(loop))
-
-
 class AsyncLLM(Client):
     """Like `LLM`, for asyncio. The constructor loads the model and blocks meanwhile; `await AsyncLLM.create(...)` does
     not."""
@@ -182,7 +143,7 @@ class AsyncLLM(Client):
         """`stream` for whoever would rather wait while the queue is full. With `best_of` above `n` the pieces are of
         all outputs; the stream's `output` has the best."""
         stream = self._prepare(prompt, sampling_params, priority, True)
-        await self._compile([stream._assembler.request])
+        await self.compile_grammars([stream._assembler.request])
         try:
             await _submit(stream._service, stream._assembler.request)
         except BaseException:
@@ -323,7 +284,7 @@ class AsyncLLM(Client):
             return stream
 
         async def begin() -> None:
-            await self._compile([request])
+            await self.compile_grammars([request])
             if stream._begin is not None:  # it was not closed meanwhile
                 service.submit(request)
 
@@ -341,10 +302,10 @@ class AsyncLLM(Client):
         """A request whose events `take` is called with on the event loop. It may lack its grammar."""
         form = getattr(params, "structured_outputs", None)
         known = form is None or self.engine.grammars.known(form)
-        sink = _post().sink(take)
+        sink = post().sink(take)
         return self.make_request(prompt, params, sink, priority=priority, special=special, constrain=known)
 
-    async def _compile(self, requests: Sequence[Request]) -> None:
+    async def compile_grammars(self, requests: Sequence[Request]) -> None:
         """Give those their grammars that lack them: compiled in a thread, which leaves the interpreter to others."""
         grammars = self.engine.grammars
         for request in requests:
@@ -363,7 +324,7 @@ class AsyncLLM(Client):
 
         waiting = [whole(p, q) for p, q in zip(prompts, params, strict=True)]
         try:
-            await self._compile([one.request for one in waiting])
+            await self.compile_grammars([one.request for one in waiting])
             for one in waiting:
                 await _submit(service, one.request)
             results = await asyncio.gather(*(one.output for one in waiting), return_exceptions=True)
@@ -384,7 +345,7 @@ class AsyncLLM(Client):
         await self.aclose()
 
 
-async def _submit(service: EngineService, request: Work) -> None:
+async def _submit(service: Service, request: Work) -> None:
     """Hand a request over; while the queue is full, wait without blocking the event loop."""
     loop = asyncio.get_running_loop()
     while True:

@@ -9,9 +9,10 @@ from typing import Any, Self, cast
 
 from octavo.config import EngineConfig, engine_config_from
 from octavo.decode.assemble import Assembler
-from octavo.engine.registry import Engine, acquire
+from octavo.engine.contract import EngineStats
+from octavo.engine.registry import Placement, acquire, release
 from octavo.engine.request import Request, Sink
-from octavo.engine.service import EngineStats
+from octavo.engine.start import IN_PROCESS, Engine
 from octavo.errors import EngineClosedError, RequestError
 from octavo.host_memory import give_back_memory, memory_goes_back
 from octavo.models.sources import DEFAULT_MODEL, Progress
@@ -36,15 +37,15 @@ class Client:
         self._join(engine_config_from(model, settings), progress)
 
     @classmethod
-    def of(cls, config: EngineConfig) -> Self:
-        """A client of the engine of `config`."""
+    def of(cls, config: EngineConfig, placement: Placement = IN_PROCESS) -> Self:
+        """A client of the engine of `config`, in this process or where `placement` says."""
         new = cls.__new__(cls)
         new._engine = None
-        new._join(config, None)
+        new._join(config, None, placement)
         return new
 
-    def _join(self, config: EngineConfig, progress: Progress | None) -> None:
-        self._engine = acquire(config, progress)
+    def _join(self, config: EngineConfig, progress: Progress | None, placement: Placement = IN_PROCESS) -> None:
+        self._engine = acquire(config, progress, placement)
         self._made = itertools.count()
 
     @property
@@ -70,7 +71,7 @@ class Client:
         """Let go of the engine; the last user's `close` ends its requests and gives back its memory. Safe to call
         twice."""
         engine, self._engine = self._engine, None
-        if engine is not None and engine.release():
+        if engine is not None and release(engine):
             with memory_goes_back():
                 del engine
             give_back_memory()

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import islice
 
 from octavo.engine.embed_request import EmbedEvent, EmbedRequest
-from octavo.engine.registry import Engine
+from octavo.engine.start import Engine
 from octavo.errors import EngineClosedError, RequestError
 from octavo.models.encoder_config import EncoderConfig
 from octavo.outputs import EmbeddingOutput

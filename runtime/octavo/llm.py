@@ -16,9 +16,9 @@ from octavo.beam_search import BeamSearchOutput, BeamSearchParams, beam_search_o
 from octavo.client import Client, Message, Prompt
 from octavo.console import batch_progress
 from octavo.decode.assemble import Assembler
+from octavo.engine.contract import Service
 from octavo.engine.embed_request import EmbedEvent, EmbedRequest
 from octavo.engine.request import TokenEvent
-from octavo.engine.service import EngineService
 from octavo.errors import RequestError
 from octavo.outputs import EmbeddingOutput, RequestOutput, StreamPiece, TranslationOutput
 from octavo.sampling_params import SamplingParams
@@ -33,7 +33,7 @@ class TokenStream:
     """Pieces of one request as they are made. Iterate over it; `close()` (or leaving the loop and dropping it) ends the
     request."""
 
-    def __init__(self, assembler: Assembler, events: queue.SimpleQueue[TokenEvent], service: EngineService) -> None:
+    def __init__(self, assembler: Assembler, events: queue.SimpleQueue[TokenEvent], service: Service) -> None:
         self._assembler, self._events, self._service = assembler, events, service
 
     def __iter__(self) -> Self:

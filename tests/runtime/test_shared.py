@@ -30,7 +30,7 @@ def _none_left() -> Iterator[None]:
 
 
 def open_engines(model: Path) -> int:
-    return sum(config.model == str(model) for config in registry._engines)
+    return sum(config.model == str(model) for config, _ in registry._engines)
 
 
 def test_it_starts_at_the_first_use_and_ends_with_the_last_user(tiny_model: Path) -> None:

@@ -18,7 +18,8 @@ from octavo.models.config import ModelConfig
 if TYPE_CHECKING:
     import torch
 
-    from octavo.engine.registry import Engine
+    from octavo.engine.service import EngineService
+    from octavo.engine.start import Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,12 @@ def model_work(config: ModelConfig, weight_bytes: int, cache_item: int) -> Model
 
 def _cache_item(engine: Engine) -> int:
     """Bytes of a number in the cache, as it is, whatever type it has."""
-    return int(engine.service.call(lambda core: cast(Any, core.runner).kv.layers[0].keys.element_size()))
+    return int(in_process(engine).call(lambda core: cast(Any, core.runner).kv.layers[0].keys.element_size()))
+
+
+def in_process(engine: Engine) -> EngineService:
+    """The service of an engine that was started in this process."""
+    return cast("EngineService", engine.service)
 
 
 def measure_bandwidth(device: torch.device) -> float:

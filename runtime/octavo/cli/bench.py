@@ -136,7 +136,7 @@ def measure(
     """Run everything on an idle `llm`. `scale` None: each row as large as it may be to take `seconds`."""
     import torch
 
-    from octavo.bench.machine import limit_of, peak_memory
+    from octavo.bench.machine import in_process, limit_of, peak_memory
     from octavo.bench.run import ROW_SECONDS, Clock, Result, Timed, beside, scale_for, time_row
     from octavo.bench.sweep import Measured
     from octavo.bench.sweep import sweep as levels
@@ -160,7 +160,8 @@ def measure(
     limit = limit.best(limit_of(llm.engine))  # another program may have been busy the first time
     found = [Result(READY, "ready", "s", llm.engine.seconds_to_ready)] if READY in rows else []
     found += [beside(limit, row, clock.vocabulary) for row in timed]
-    threads = llm.engine.service.call(lambda core: torch.get_num_threads())  # of the engine's thread, not of this one
+    # of the engine's thread, not of this one
+    threads = in_process(llm.engine).call(lambda core: torch.get_num_threads())
     return Report(
         model, limits.device, limits.weights, threads, longest, limits.max_num_seqs, found,
         [level.beside(limit) for level in measured] if sweep else None,

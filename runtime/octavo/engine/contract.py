@@ -1,5 +1,6 @@
-"""What the engine's thread (`service.py`) expects of the engine that it owns, and of the requests that callers hand
-over. One that makes text (`core.py`) and one that makes embeddings (`embed_core.py`) keep to it.
+"""What the parts around an engine expect of each other: the thread that owns it (`service.py`) of the engine and of the
+requests that callers hand over, and callers of that thread, or of the process (`child/service.py`), that they hand them
+to. An engine that makes text (`core.py`) and one that makes embeddings (`embed_core.py`) keep to it.
 """
 
 from __future__ import annotations
@@ -66,3 +67,31 @@ class Core(Protocol):
         """Advance what runs. An error of one request is that request's last event; what is raised ends the engine."""
 
     def stats(self) -> EngineStats: ...
+
+
+class Service(Protocol):
+    """What callers talk to, from any thread: a running engine, wherever it runs."""
+
+    def submit(self, request: Any, *, wait: bool = False) -> None:
+        """Hand a request over. Raises `QueueFullError` if too many wait already, unless `wait`: then blocks for
+        room."""
+
+    def when_room(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once, soon after there may be room in the queue: for callers that must not block. It is
+        called on any thread and must not raise; who is called looks for itself by another `submit`."""
+
+    def abort(self, request: Any, index: int | None = None) -> None:
+        """End a request, or one of its sequences, soon. Does nothing if it has ended; never raises, never blocks."""
+
+    def stats(self) -> EngineStats:
+        """Counts of this moment; waits for the current step."""
+
+    @property
+    def closed(self) -> bool:
+        """It takes no requests any more: it was closed, or has failed."""
+
+    def close(self) -> None:
+        """End every request with `EngineClosedError`, let go of model and cache. Safe to call twice."""
+
+    def check_process(self) -> None:
+        """Raises `ForkedEngineError` in a forked child: waiting for anything there would be for ever."""

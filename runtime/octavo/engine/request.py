@@ -67,6 +67,15 @@ class BeamEvent(TokenEvent):
 Sink = Callable[[TokenEvent], None]
 
 
+@dataclass(slots=True)
+class Made:
+    """What was sent of one output so far."""
+
+    token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: int = 0
+    ended: bool = False
+
+
 class Constraint(Protocol):
     """What the engine asks of a grammar (`decode/grammar.py`): which tokens may come next in one sequence. An error of
     either call is the sequence's own."""
@@ -154,6 +163,17 @@ class Request:
         """Hold each sequence to a grammar. Before the request is submitted."""
         for sequence in self.sequences:
             sequence.constraint = start()
+
+    def resume(self, made: Seq[Made]) -> None:
+        """Go on where another engine ended, each sequence with the tokens that it had. Not for a search, which begins
+        anew. After `constrain`, before the request is submitted."""
+        for sequence, before in zip(self.sequences, made, strict=True):
+            sequence.tokens += before.token_ids
+            sequence.length = len(sequence.tokens)
+            sequence.prompt_logprobs_sent, sequence.finished = before.prompt_logprobs, before.ended
+            if sequence.constraint is not None and not before.ended:
+                for token in before.token_ids:
+                    sequence.constraint.accept(token)
 
     @property
     def lacks_grammar(self) -> bool:

@@ -57,12 +57,13 @@ class Scheduler:
     # ---------------------------------------------------------------- intake
 
     def add(self, request: Request) -> None:
-        """Queue all sequences of a request; of a search the one that begins."""
+        """Queue all sequences of a request that have not ended before; of a search the one that begins."""
         self._arrivals += 1
         self.fresh += 1
         request.arrival = self._arrivals
         for sequence in request.beams or request.sequences:
-            insort(self.waiting, sequence, key=_order)
+            if not sequence.finished:
+                insort(self.waiting, sequence, key=_order)
 
     def abort(self, request: Request, index: int | None = None) -> None:
         """End a request (or one of its sequences) now: its blocks are free at once, its last event says "abort"."""

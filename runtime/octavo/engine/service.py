@@ -55,8 +55,7 @@ class EngineService:
     # ---------------------------------------------------------------- callers' side, any thread
 
     def submit(self, request: Work, *, wait: bool = False) -> None:
-        """Hand a request over. Raises `QueueFullError` if too many wait already, unless `wait`: then blocks for
-        room."""
+        """See `Service`."""
         self._check_usable()  # before the lock: in a forked child it may be locked for ever
         deliver, request.sink = request.sink, lambda event: self._deliver(request, deliver, event)
         # the check and the hand-over are one: nothing enters the queue after it was emptied at the end
@@ -73,8 +72,7 @@ class EngineService:
             self._commands.put(lambda: self._accept(request))
 
     def when_room(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once, soon after there may be room in the queue: for callers that must not block. It is
-        called on any thread and must not raise; who is called looks for itself by another `submit`."""
+        """See `Service`."""
         with self._room:
             if self._backlog() >= self._max_queued and not self.closed:
                 self._room_callbacks.append(callback)
@@ -82,7 +80,7 @@ class EngineService:
         callback()
 
     def abort(self, request: Work, index: int | None = None) -> None:
-        """End a request, or one of its sequences, soon. Does nothing if it has ended; never raises, never blocks."""
+        """See `Service`."""
         if os.getpid() == self._pid and not self._closing:
             self._commands.put(lambda: self._abort(request, index))
 
@@ -110,7 +108,7 @@ class EngineService:
         return box[0]
 
     def stats(self) -> EngineStats:
-        """Counts of this moment; waits for the current step."""
+        """See `Service`."""
         stats: EngineStats = self.call(lambda core: core.stats())
         return stats
 
@@ -130,8 +128,13 @@ class EngineService:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
 
+    def wait(self) -> BaseException | None:
+        """Until the thread has ended. What ended it, unless that was `close`."""
+        self._thread.join()
+        return self._failure
+
     def check_process(self) -> None:
-        """Raises `ForkedEngineError` in a forked child: waiting for anything there would be for ever."""
+        """See `Service`."""
         if os.getpid() != self._pid:
             raise ForkedEngineError(
                 "this engine belongs to the parent process: its thread does not exist after a fork. "

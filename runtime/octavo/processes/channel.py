@@ -1,7 +1,7 @@
 """Messages between two of our processes: bytes with their length before them, over a pair of sockets.
 
-`spawn` starts a program with one end of such a pair; `Channel.of_descriptor` is the other end, in that program. What the
-bytes mean is said by those who send them.
+`spawn` starts a program with one end of such a pair; `Channel.of_descriptor` is the other end, in that program. What
+the bytes mean is said by those who send them.
 """
 
 from __future__ import annotations

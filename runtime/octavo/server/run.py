@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
 
-from octavo.async_llm import AsyncLLM, _post
+from octavo.async_llm import AsyncLLM
 from octavo.decode.assemble import Assembler
 from octavo.engine.request import TokenEvent
 from octavo.errors import RequestError, RequestFailedError
 from octavo.outputs import RequestMetrics, RequestOutput, StreamPiece
+from octavo.post import post
 from octavo.sampling_params import SamplingParams
 from octavo.server.observe import Watch
 from octavo.server.prompts import off_loop
@@ -51,8 +52,7 @@ class Run:
         run = cls(llm, watch)
         if stream:
             run._arrived = deque()
-        post = _post()
-        sinks = [post.sink(partial(run._take, place)) for place in range(len(prompts))]
+        sinks = [post().sink(partial(run._take, place)) for place in range(len(prompts))]
 
         def make() -> None:
             for place, (prompt, sink) in enumerate(zip(prompts, sinks, strict=True)):
@@ -66,7 +66,7 @@ class Run:
 
         try:
             await off_loop(size, make)
-            await llm._compile([one.request for one in run._assemblers])
+            await llm.compile_grammars([one.request for one in run._assemblers])
             run._open = len(run._assemblers)
             for one in run._assemblers:
                 run._service.submit(one.request)
