@@ -137,6 +137,7 @@ class Request:
         self.bad_word_ids = tuple(tuple(word) for word in bad_word_ids)
         self.seed = seed
         self.priority = priority
+        self.length_offset = length_offset
         self.source = None if source_ids is None else Source(source_ids, cache_salt.encode())
         self.cache_salt = cache_salt.encode() if self.source is None else self.source.digest
         """Equal tokens with another salt have other keys and values. Those of a decoder depend on the source."""
