@@ -35,6 +35,7 @@ from octavo.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from octavo.server.settings import ServerSettings
 
 logger = logging.getLogger("octavo.server")
+LOOK_SECONDS = 0.5
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 _POSTS: list[tuple[str, Endpoint, type[BaseModel]]] = [
@@ -111,10 +112,14 @@ def _describe(app: FastAPI, schemas: dict[str, Any]) -> None:
 
 
 async def _load(app: FastAPI, server: Server) -> None:
-    """Load what is to be there from the start. A model that cannot be loaded ends the server: `when_failed`."""
+    """Load what is to be there from the start, and look after it. A model that cannot be loaded, or whose engine is
+    given up, ends the server: `when_failed`."""
     try:
         for served in server.wanted:
             await server.models.get(served)
+        while (given_up := server.models.given_up(server.wanted)) is None:
+            await asyncio.sleep(LOOK_SECONDS)
+        raise given_up
     except Exception as error:
         app.state.failed = error
         server.when_failed()

@@ -15,7 +15,9 @@ from typing import Any
 
 from octavo.async_llm import AsyncLLM
 from octavo.config import EngineConfig, engine_config_from
-from octavo.errors import ConfigError
+from octavo.engine.child.placement import InChild
+from octavo.engine.child.service import ChildService
+from octavo.errors import ConfigError, OctavoError
 from octavo.models.encoder_config import EncoderConfig
 from octavo.server.errors import ApiError, refused
 from octavo.server.prompts import TextBound
@@ -24,8 +26,8 @@ Load = Callable[[EngineConfig], AsyncLLM]
 
 
 def load(config: EngineConfig) -> AsyncLLM:
-    """A ready engine. Blocks."""
-    return AsyncLLM.of(config)
+    """A ready engine, in a process of its own: work for HTTP does not hold its loop, and it can be replaced. Blocks."""
+    return AsyncLLM.of(config, InChild())
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,18 @@ class Loaded:
     @property
     def name(self) -> str:
         return self.served.names[0]
+
+    @property
+    def runs(self) -> bool:
+        """Its engine takes requests, and is not being replaced just now."""
+        service = self.llm.engine.service
+        return not service.closed and not (isinstance(service, ChildService) and service.pid is None)
+
+    @property
+    def restarts(self) -> int:
+        """How often its engine's process was replaced."""
+        service = self.llm.engine.service
+        return service.restarts if isinstance(service, ChildService) else 0
 
     @property
     def embeds(self) -> bool:
@@ -114,7 +128,15 @@ class Models:
 
     def ready(self, wanted: Sequence[Served]) -> bool:
         """All of these are loaded, and their engines run."""
-        return all(one in self._loaded and not self._loaded[one].llm.engine.service.closed for one in wanted)
+        return all(one in self._loaded and self._loaded[one].runs for one in wanted)
+
+    def given_up(self, wanted: Sequence[Served]) -> OctavoError | None:
+        """Why an engine of one of these stands still for good, if one does."""
+        for one in wanted:
+            service = self._loaded[one].llm.engine.service if one in self._loaded else None
+            if isinstance(service, ChildService) and service.failure is not None:
+                return service.failure
+        return None
 
     @property
     def busy(self) -> bool:

@@ -88,5 +88,5 @@ async def _report(loaded: Loaded) -> EngineReport:
             stats = await asyncio.to_thread(loaded.llm.stats)
     except Exception as error:
         logger.warning("an engine does not answer", extra={"model": loaded.name, "error": type(error).__name__})
-        return EngineReport(None)
-    return EngineReport(stats)
+        return EngineReport(None, loaded.restarts)
+    return EngineReport(stats, loaded.restarts)
