@@ -173,7 +173,9 @@ class Request:
             sequence.length = len(sequence.tokens)
             sequence.prompt_logprobs_sent, sequence.finished = before.prompt_logprobs, before.ended
             if sequence.constraint is not None and not before.ended:
-                for token in before.token_ids:
+                for place, token in enumerate(before.token_ids):
+                    # which way it would hurry to the end depends on all that it was asked
+                    sequence.constraint.allowed(self.max_tokens - place)
                     sequence.constraint.accept(token)
 
     @property

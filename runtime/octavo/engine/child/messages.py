@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-import octavo.errors
+from octavo import errors
 from octavo.config import EngineConfig
 from octavo.engine.contract import EngineStats
 from octavo.engine.request import Made, RawLogprobs
@@ -100,7 +100,7 @@ class Problem(msgspec.Struct):
 
     def error(self) -> OctavoError:
         """One of ours as it was; any other as an `EngineClosedError` that names it."""
-        kind = getattr(octavo.errors, self.kind, None)
+        kind = getattr(errors, self.kind, None)
         if not (isinstance(kind, type) and issubclass(kind, OctavoError)):
             return EngineClosedError(f"{self.kind}: {self.message}")
         found: OctavoError = kind.__new__(kind)  # the constructors differ, and the message is complete

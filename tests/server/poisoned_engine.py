@@ -1,0 +1,33 @@
+"""The program of an engine's process that some prompts end or stop. Started by `test_child_poison.py` in its place."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from octavo.engine.child import program
+from octavo.engine.core import EngineCore
+from octavo.engine.draft import Draft
+
+DIES, HANGS, DIES_LATE = 299, 298, 297
+"""Tokens of a prompt."""
+LATE = 7
+"""Outputs of so many tokens come of a prompt with the last of them."""
+
+_launch = EngineCore._launch
+
+
+def launch(self: EngineCore, draft: Draft) -> None:
+    for sequence, _, _ in draft.parts:
+        ids = sequence.request.prompt_ids
+        if DIES in ids or (DIES_LATE in ids and sequence.num_output >= LATE):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if HANGS in ids:
+            time.sleep(3600)
+    _launch(self, draft)
+
+
+EngineCore._launch = launch  # type: ignore[method-assign]
+if __name__ == "__main__":
+    program.main()
