@@ -14,7 +14,7 @@ from serving_helpers import CHAT, EMBEDDER, InProcess, Program, in_process, prog
 def server() -> Iterator[Program]:
     """The default model and the sentence embedder behind one port."""
     names = ("--served-model-name", f"{CHAT},default", "--served-model-name", EMBEDDER)
-    with program("--model", DEFAULT_MODEL, "--model", EMBEDDING_MODEL, *names) as running:
+    with program("--model", DEFAULT_MODEL, "--model", EMBEDDING_MODEL, *names, threads=2) as running:
         yield running
 
 
