@@ -62,3 +62,7 @@ class ForkedEngineError(OctavoError, RuntimeError):
 
 class RequestFailedError(OctavoError, RuntimeError):
     """The model failed while it ran this request; other requests are not affected. The cause is chained."""
+
+
+class DeviceLostError(OctavoError, RuntimeError):
+    """The device cannot go on in this process; the cause is chained. A server replaces its engine's process."""

@@ -10,7 +10,7 @@ from octavo.engine.child import program
 from octavo.engine.core import EngineCore
 from octavo.engine.draft import Draft
 
-DIES, HANGS, DIES_LATE = 299, 298, 297
+DIES, HANGS, DIES_LATE, LOSES = 299, 298, 297, 296
 """Tokens of a prompt."""
 LATE = 7
 """Outputs of so many tokens come of a prompt with the last of them."""
@@ -25,7 +25,10 @@ def launch(self: EngineCore, draft: Draft) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if HANGS in ids:
             time.sleep(3600)
-    _launch(self, draft)
+        if LOSES in ids:
+            self._is_lost = lambda: True
+            return self._blame(draft, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    return _launch(self, draft)
 
 
 EngineCore._launch = launch  # type: ignore[method-assign]

@@ -14,7 +14,7 @@ from octavo import SamplingParams
 from octavo.engine.child import processes, service
 from octavo.engine.child.placement import InChild
 from octavo.errors import EngineClosedError, RequestFailedError
-from poisoned_engine import DIES, DIES_LATE, HANGS, LATE
+from poisoned_engine import DIES, DIES_LATE, HANGS, LATE, LOSES
 
 POISONED = InChild((sys.executable, str(Path(__file__).with_name("poisoned_engine.py"))))
 FINE = [[5 + number, 9, 11 + number] for number in range(6)]
@@ -54,6 +54,15 @@ async def test_a_step_that_never_ends_is_ended(tiny_model: Path, monkeypatch: py
         with pytest.raises(RequestFailedError):
             await llm.generate([[HANGS]], PARAMS)
         assert all(output.finished for output in await fine)
+
+
+async def test_a_device_that_is_lost_takes_a_new_process_and_not_the_others(tiny_model: Path) -> None:
+    with here(tiny_model) as other:
+        wanted = [essence(output) for output in await other.generate(FINE, PARAMS)]
+    with child(tiny_model, POISONED) as llm:
+        *found, failed = await llm.generate([*FINE, [LOSES]], PARAMS, return_exceptions=True)
+        assert isinstance(failed, RequestFailedError)
+        assert [essence(output) for output in found] == wanted
 
 
 async def test_it_gives_up_where_no_process_comes_up(tiny_model: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ n+1 while the device runs step n. It is the same loop in both cases.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,7 +16,7 @@ from octavo.engine.draft import Draft
 from octavo.engine.plan import Masks, StepPlan
 from octavo.engine.request import Request, TokenEvent
 from octavo.engine.scheduler import Scheduler
-from octavo.errors import RequestFailedError
+from octavo.errors import DeviceLostError, RequestFailedError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,13 +39,16 @@ class _EarlierStepFailed(Exception):
 
 
 class EngineCore:
-    """`turns`: is held while a step is launched, where engines share what they run on (`turns.py`)."""
+    """`turns`: is held while a step is launched, where engines share what they run on (`turns.py`). `is_lost`: the
+    device cannot go on after an error; no request is to blame then, and the loop ends."""
 
     def __init__(
         self, scheduler: Scheduler, runner: StepRunner, *, depth: int,
         turns: AbstractContextManager[None] = nullcontext(),  # noqa: B008 (it has no state)
+        is_lost: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         self.scheduler, self.runner, self.depth, self._turns = scheduler, runner, depth, turns
+        self._is_lost = is_lost
         self.steps = self.largest_batch = self.blocks_peak = 0
         self._failures = 0
         self._under_way: deque[tuple[Draft, Launched]] = deque()
@@ -132,6 +136,8 @@ class EngineCore:
     def _blame(self, draft: Draft, error: Exception) -> None:
         """The step failed as a whole. One sequence: it is the reason. Several: each runs alone next, and fails
         alone."""
+        if self._is_lost():
+            raise DeviceLostError(f"the device is lost: {type(error).__name__}: {error}") from error
         self._failures += 1
         if len(draft.parts) > 1:
             self.scheduler.isolate(draft)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +17,7 @@ from typing import Protocol
 
 from octavo.engine.contract import EngineStats
 from octavo.engine.embed_request import EmbedEvent, EmbedRequest, Vector
-from octavo.errors import RequestFailedError
+from octavo.errors import DeviceLostError, RequestFailedError
 
 WINDOW = 1024
 """So many texts, those that came first, are sorted by length for a step."""
@@ -40,12 +40,14 @@ class BatchLimits:
 
 
 class EmbedCore:
-    """`turns`: is held during a step, where engines share what they run on (`turns.py`)."""
+    """`turns`, `is_lost`: see `EngineCore`."""
 
     def __init__(
-        self, encoder: Encoder, limits: BatchLimits, *, turns: AbstractContextManager[None] = nullcontext()  # noqa: B008
-    ) -> None:
-        self.encoder, self.limits, self._turns = encoder, limits, turns
+        self, encoder: Encoder, limits: BatchLimits, *,
+        turns: AbstractContextManager[None] = nullcontext(),  # noqa: B008 (it has no state)
+        is_lost: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
+        self.encoder, self.limits, self._turns, self._is_lost = encoder, limits, turns, is_lost
         self.steps = 0
         self.largest_batch = 0
         self._waiting: dict[str, EmbedRequest] = {}
@@ -121,6 +123,8 @@ class EmbedCore:
 
     def _blame(self, batch: list[EmbedRequest], error: Exception) -> None:
         """The step failed as a whole. One text: it is the reason. Several: each runs alone next, and fails alone."""
+        if self._is_lost():
+            raise DeviceLostError(f"the device is lost: {type(error).__name__}: {error}") from error
         if len(batch) > 1:
             self._alone.extend(batch)
             return

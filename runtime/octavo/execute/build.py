@@ -27,6 +27,7 @@ from octavo.execute.context import KVCache
 from octavo.execute.graphed_runner import GraphedRunner
 from octavo.execute.graphs import CudaRecorder, StepGraphs
 from octavo.execute.kv_cache import FP8, cpu_cache, gpu_cache, measure_scales
+from octavo.execute.lost import is_lost
 from octavo.execute.model import Model
 from octavo.execute.packing import choose_packing, held_weights
 from octavo.execute.runner import Runner
@@ -154,7 +155,7 @@ def _build(
         )  # fmt: skip
         graphs.capture()
         runner = GraphedRunner(model, kv, table, attention, graphs)
-    return EngineCore(scheduler, runner, depth=resolved.depth, turns=turns), resolved
+    return EngineCore(scheduler, runner, depth=resolved.depth, turns=turns, is_lost=is_lost(resolved.device)), resolved
 
 
 def make_kv_cache(model: DecoderConfig, resolved: Resolved, scales: list[torch.Tensor] | None = None) -> KVCache:

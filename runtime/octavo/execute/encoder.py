@@ -18,6 +18,7 @@ from octavo.engine.embed_core import BatchLimits, EmbedCore
 from octavo.engine.turns import PROCESS_CORES, Turn
 from octavo.errors import ConfigError, ModelFileError
 from octavo.execute.build import choose_device, limit_torch_threads
+from octavo.execute.lost import is_lost
 from octavo.layers.pooling import pool
 from octavo.models.bert import BertFamily
 from octavo.models.encoder_config import EncoderConfig
@@ -78,7 +79,7 @@ def build_encoder(
     runner = EncoderRunner(loaded, resolved.dtype, resolved.device)
     on_cpu = resolved.device.type == "cpu"
     turns: AbstractContextManager[None] = Turn(PROCESS_CORES, threads) if on_cpu else nullcontext()
-    return EmbedCore(runner, resolved.limits, turns=turns)
+    return EmbedCore(runner, resolved.limits, turns=turns, is_lost=is_lost(resolved.device))
 
 
 def _fill(model: BertFamily, reader: WeightReader, *, dummy: bool, progress: Progress | None) -> None:

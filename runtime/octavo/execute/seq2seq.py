@@ -27,6 +27,7 @@ from octavo.execute.build import (
     limit_torch_threads,
     make_kv_cache,
 )
+from octavo.execute.lost import is_lost
 from octavo.execute.packing import held_by_seq2seq, rounds_to_bytes
 from octavo.execute.sizing import Card, Sizes, blocks_in_ram, blocks_on_gpu, usable_length
 from octavo.execute.sources import Seq2SeqRunner, SourceTable
@@ -113,7 +114,7 @@ def core_around(
         _attention(device, resolved.dtype, config, size), SourceTable(rows, length, size, KV_PAD, device),
         config.never_ids,
     )  # fmt: skip
-    return EngineCore(scheduler, runner, depth=resolved.depth, turns=turns)
+    return EngineCore(scheduler, runner, depth=resolved.depth, turns=turns, is_lost=is_lost(resolved.device))
 
 
 def _attention(

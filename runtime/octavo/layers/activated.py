@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from octavo.layers.byte_linear import byte_product, byte_product_relu
-from octavo.layers.linear import PACKED_ROWS, Linear, ProductMaker, packed_product, product_with
+from octavo.layers.linear import PACKED_ROWS, Linear, ProductMaker, can_pack, packed_product, product_with
 
 FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu, "silu": F.silu,
@@ -33,8 +33,7 @@ class ActivatedLinear(Linear):
         self._product = lambda x: function(F.linear(x, self.weight, self.bias))
 
     def finish(self, make: ProductMaker = product_with) -> None:
-        on_cpu = self.weight.device.type == "cpu" and self.weight.dtype in (torch.float32, torch.bfloat16)
-        if make in (product_with, packed_product) and on_cpu and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        if make in (product_with, packed_product) and can_pack(self.weight):
             packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACKED_ROWS)
             operator = torch.ops.mkldnn._linear_pointwise.default
             name, algorithm = _EPILOGUES[self.activation]

@@ -26,8 +26,16 @@ another layout, and is not read again."""
 
 def packs(weight: torch.Tensor) -> bool:
     """oneDNN's packed layout is the fastest way to multiply with this weight, with the same bits."""
-    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    return on_cpu and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return weight.dtype == torch.bfloat16 and can_pack(weight)
+
+
+def can_pack(weight: torch.Tensor) -> bool:
+    """oneDNN has a packed layout for this weight on this CPU. In bfloat16 it needs AVX512 (or avx_ne_convert)."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
 
 
 def product_with(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Product, bool]:
@@ -41,8 +49,7 @@ def packed_product(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Pro
     """By oneDNN's packed layout where it can be, in float32 too: 105 GFLOP/s on a core instead of 70 to 90, but sums in
     another order than MKL's. Over 50 prompts of the default model that parted 10 greedy outputs from transformers', at
     near ties, instead of 3 at most; so only encoder-decoders take it."""
-    on_cpu = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32)
-    if on_cpu and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if can_pack(weight):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
         operator = torch.ops.mkldnn._linear_pointwise.default
         return lambda x: operator(x, packed, bias, "none", [], ""), True
