@@ -57,11 +57,11 @@ class Program:
 
 
 @contextmanager
-def program(*options: str, headers: dict[str, str] | None = None) -> Iterator[Program]:
+def program(*options: str, headers: dict[str, str] | None = None, threads: int = 2) -> Iterator[Program]:
     port = free_port()
     command = [sys.executable, "-m", "octavo", "serve", "--port", str(port), *options]
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "2"})
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
         try:
             wait_until_ready(f"http://127.0.0.1:{port}", headers=headers, process=process)
             yield Program(f"http://127.0.0.1:{port}", process)
