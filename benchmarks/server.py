@@ -10,7 +10,7 @@ on both, one right after the other and in turn the one or the other first, since
 - requests and output tokens a second; milliseconds to the first text and between two texts of a stream, p50 and p99;
 - overhead: seconds of the server over seconds in process, of the same round;
 - processor seconds of the server's process, of its children (an engine may be one), of the client, and of the process
-  beside it: where cores are few the client takes its share of them, and the processor's time says what the clock cannot;
+  beside it: where cores are few the client takes its share, and the processor's time says what the clock cannot;
 - microseconds of the main thread for each token: HTTP, in the server; taking the pieces, in process;
 - limit: the tokens a second that this machine's memory and products allow with as many rows (`octavo.bench.limits`),
   and for the server the engine in process.
@@ -170,7 +170,8 @@ def spread(values: list[float]) -> str:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    titles = ("streams", "", "requests/s", "tokens/s", "limit", "first, ms", "p99", "between, ms", "p99", "main us", "load")
+    titles = ("streams", "", "requests/s", "tokens/s", "limit", "first, ms", "p99", "between, ms", "p99", "main us")
+    titles += ("load",)
     widths = (7, 11, 11, 9, 9, 10, 8, 12, 8, 8, 6)
     print("".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True)))
     for row in rows:

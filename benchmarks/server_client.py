@@ -56,7 +56,8 @@ class Reader(asyncio.Protocol):
         self._transport.write(head.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data)
         await self._ended
         found = _MADE.findall(self._tail)
-        assert b"data: [DONE]" in self._tail and found, f"a stream broke off: {self._tail!r}"
+        assert found, f"a stream broke off: {self._tail!r}"
+        assert b"data: [DONE]" in self._tail, f"a stream broke off: {self._tail!r}"
         # the event with the usage is no text, nor is the first one of a chat, which has the role
         self._stream.arrivals = self._stream.arrivals[request.chat : -1]
         self._stream.tokens = int(found[-1])
