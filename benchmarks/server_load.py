@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 WORDS = (
-    "light", "house", "keeper", "storm", "night", "water", "stone", "wind", "letter", "lamp", "harbour", "ship", "winter",
-    "bread", "garden", "road", "river", "bell", "clock", "mountain", "window", "child", "story", "morning", "silver",
+    "light", "house", "keeper", "storm", "night", "water", "stone", "wind", "letter", "lamp", "harbour", "ship",
+    "winter", "bread", "garden", "road", "river", "bell", "clock", "mountain", "window", "child", "story", "morning",
 )  # fmt: skip
 
 

@@ -5,10 +5,10 @@
 Chats and completions, whole and streamed, with one output and two, under one of a few grammars; calls that are refused
 (embeddings of a model that makes text, wrong bodies, unknown models, prompts that are too long); streams and whole
 answers whose client leaves. Every status is checked. Memory is taken when nothing runs: resident, and what belongs to
-the processes alone (USS) or in parts (PSS), of the server and its children together. What they made themselves, as heaps,
-is anonymous; that alone does not move when another program maps the same libraries or ends. The slope is by least
-squares over the samples after the first 2,000 requests, in kB for 1,000 requests, with its standard error. Ends with 1
-if any block of the KV cache is held afterwards, or anything still runs.
+the processes alone (USS) or in parts (PSS), of the server and its children together. What they made themselves, as
+heaps, is anonymous; that alone does not move when another program maps the same libraries or ends. The slope is by
+least squares over the samples after the first 2,000 requests, in kB for 1,000 requests, with its standard error. Ends
+with 1 if any block of the KV cache is held afterwards, or anything still runs.
 """
 
 from __future__ import annotations
