@@ -118,9 +118,9 @@ def requests_for(streams: int, scale: float) -> int:
     return max(streams, int(scale * max(8, min(3 * streams, streams + 64))))
 
 
-def measure(given: argparse.Namespace, server: Server, beside: InProcess) -> list[dict[str, Any]]:
-    """Every run: its load, its side, its figures."""
-    found: list[dict[str, Any]] = []
+def measure(given: argparse.Namespace, server: Server, beside: InProcess, report: dict[str, Any]) -> None:
+    """Every run goes to the report: its load, its side, its figures. It is kept as it grows."""
+    found = report["runs"]
     for side in (server, beside):
         side.run(Load(16, 32, given.tokens, given.words, 0))
     for number in range(1, given.rounds + 1):
@@ -131,11 +131,17 @@ def measure(given: argparse.Namespace, server: Server, beside: InProcess) -> lis
                 machine = os.getloadavg()[0]
                 figures = side.run(load)
                 found.append({"round": number, "streams": streams, "side": side.name, "loadavg": machine, **figures})
+                keep(report, given.out)
                 print(
                     f"round {number}, {streams} streams, {side.name}: {figures['tokens_per_second']:.0f} tokens/s "
                     f"(load of the machine {machine:.1f})", file=sys.stderr, flush=True,
                 )  # fmt: skip
-    return found
+
+
+def keep(report: dict[str, Any], out: Path | None) -> None:
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=1))
 
 
 def summary(runs: list[dict[str, Any]], limits: dict[str, float]) -> list[dict[str, Any]]:
@@ -232,15 +238,13 @@ def main() -> None:
         running = stack.enter_context(program(*options, "--served-model-name", NAME, threads=threads))
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         beside = stack.enter_context(engine(settings, environment))
-        runs = measure(given, Server(running.url, running.process.pid), beside)
-        limits = beside.ask("")
-    rows = summary(runs, limits)
-    show(rows)
+        report: dict[str, Any] = {"settings": settings, "threads": threads, "runs": []}
+        measure(given, Server(running.url, running.process.pid), beside, report)
+        report["limits"] = beside.ask("")
+    report["table"] = summary(report["runs"], report["limits"])
+    keep(report, given.out)
+    show(report["table"])
     print(f"{threads} threads, {time.monotonic() - began:.0f} s")
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        report = {"settings": settings, "threads": threads, "table": rows, "limits": limits, "runs": runs}
-        given.out.write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
