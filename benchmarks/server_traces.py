@@ -18,6 +18,8 @@ from typing import Any
 
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path[:0] = [str(TESTS / "runtime"), str(TESTS / "server")]
+BETWEEN_LOOKS = 100
+"""Traces after which nothing may be held."""
 
 
 async def run(bench: Any, totals: Any, seeds: range, at_once: int) -> None:
@@ -35,6 +37,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=10_000, help="traces")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first trace")
     parser.add_argument("--at-once", type=int, default=4, help="traces that run at the same time")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no more traces after so long")
     options = parser.parse_args()
 
     import psutil
@@ -51,8 +54,10 @@ def main() -> int:
             bench = Bench(running.url, "tiny", [parent, *parent.children(recursive=True)], vocabulary=300)
             asyncio.run(run(bench, totals, range(options.seed, options.seed + 4), 1))
             before, memory = bench.held(), _memory(bench.processes)
-            for first in range(options.seed, options.seed + options.count, 500):
-                seeds = range(first, min(first + 500, options.seed + options.count))
+            for first in range(options.seed, options.seed + options.count, BETWEEN_LOOKS):
+                if time.monotonic() - began > options.minutes * 60:
+                    break
+                seeds = range(first, min(first + BETWEEN_LOOKS, options.seed + options.count))
                 asyncio.run(run(bench, totals, seeds, options.at_once))
                 held = bench.held()
                 print(f"{totals.traces} traces, {time.monotonic() - began:.0f} s, {held}", file=sys.stderr)

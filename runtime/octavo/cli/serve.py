@@ -98,6 +98,10 @@ Memory = Annotated[
         help="For all models together: beyond it, the one used longest ago is let go of.",
     ),
 ]  # fmt: skip
+LoadFormat = Annotated[
+    Literal["auto", "dummy"],
+    typer.Option(help="dummy: random weights instead of the model's, to measure speed.", rich_help_panel=_ENGINE),
+]
 Blocks = Annotated[
     int | None, typer.Option("--num-blocks", metavar="N", help="Blocks in the KV cache.", rich_help_panel=_ENGINE)
 ]
@@ -142,6 +146,7 @@ def serve(
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantization: Quantization = None,
+    load_format: LoadFormat = "auto",
     max_model_len: MaxModelLen = None,
     num_blocks: Blocks = None,
     block_size: BlockSize = None,
@@ -171,6 +176,7 @@ def serve(
         "revision": revision, "device": device, "dtype": dtype, "quantization": quantization,
         "max_model_len": max_model_len, "num_blocks": num_blocks, "max_num_seqs": max_num_seqs,
         "max_queued_requests": max_queued_requests, "block_size": block_size, "deterministic": deterministic,
+        "load_format": load_format,
     }  # fmt: skip
     given = {name: value for name, value in engine.items() if value is not None}
     try:

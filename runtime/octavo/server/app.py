@@ -137,6 +137,7 @@ class RequestIds:
             return await self._app(scope, receive, send)
         state = scope.setdefault("state", {})
         state["request_id"] = secrets.token_hex(12)
+        state["send_body"] = send  # for a stream, when its answer has begun: no layer from here on looks at more
         began, status = time.monotonic(), 499  # if there is no reply, the client has gone
 
         async def with_id(message: Message) -> None:
@@ -152,5 +153,6 @@ class RequestIds:
             status = 500
             raise
         finally:
+            del state["send_body"]  # it leads back to the scope
             route = getattr(scope.get("route"), "path", "")
             self._observer.replied(state["request_id"], scope["method"], route, status, began)

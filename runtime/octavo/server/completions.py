@@ -153,7 +153,7 @@ class CompletionAnswer:
             )
         async for pieces in run.pieces():
             yield b"".join(
-                chunks.piece(place * width + piece.index, piece, logprobs[place * width + piece.index], run.metrics)
+                chunks.piece(place * width + piece.index, piece, logprobs[place * width + piece.index], run)
                 for place, piece in pieces
             )
         outputs = run.outputs()
@@ -202,7 +202,7 @@ class _Chunks:
             choice["prompt_token_ids"] = ids
         return self._frame(choice, ())
 
-    def piece(self, index: int, piece: StreamPiece, logprobs: Logprobs, metrics: Sequence[RequestMetrics]) -> bytes:
+    def piece(self, index: int, piece: StreamPiece, logprobs: Logprobs, run: Run) -> bytes:
         plain = piece.finish_reason is None and piece.logprobs is None and not self._with_ids and not self._continuous
         if plain:
             if not piece.text:
@@ -218,7 +218,7 @@ class _Chunks:
             logprobs.clear()
         if self._with_ids:
             choice["token_ids"] = piece.token_ids
-        return self._frame(choice, metrics)
+        return self._frame(choice, run.metrics)
 
     def _frame(self, choice: dict[str, Any], metrics: Sequence[RequestMetrics]) -> bytes:
         found: dict[str, Any] = {**self._head, "choices": [choice]}

@@ -53,30 +53,65 @@ class EventStream(Response):
         sending = asyncio.current_task()
         assert sending is not None
         gone = asyncio.create_task(_when_gone(receive, sending.cancel))
+        patience = _Patience(self._write_seconds, sending)
         try:
-            await self._send_all(send)
-        except (asyncio.CancelledError, TimeoutError, OSError):
-            if not gone.done() and sending.cancelling():
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            # a token is a few letters: the layers between, which look at the start alone, would cost as much as they
+            await self._send_all(scope["state"].get("send_body", send), patience)
+        except (asyncio.CancelledError, OSError):
+            if not gone.done() and not patience.ended and sending.cancelling():
                 raise  # not the client: the server ends
         finally:
             gone.cancel()
+            patience.close()
             await self._frames.aclose()
             await self._held.aclose()
 
-    async def _send_all(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+    async def _send_all(self, send: Send, patience: _Patience) -> None:
         try:
             async for chunk in self._frames:
-                await self._write(send, chunk)
+                if chunk:
+                    patience.begin()
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    patience.end()
         except Exception as error:
-            if isinstance(error, TimeoutError | OSError):
+            if isinstance(error, OSError):
                 raise
-            await self._write(send, frame(api_error(error, self._request_id).body()))
+            patience.begin()
+            body = frame(api_error(error, self._request_id).body())
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        patience.begin()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _write(self, send: Send, chunk: bytes) -> None:
-        async with asyncio.timeout(self._write_seconds):
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+class _Patience:
+    """Cancels a task when one of its writes takes longer than some seconds, by up to a quarter of them. A timer looks
+    now and then, as one for each write would take longer than the writes."""
+
+    def __init__(self, seconds: float, task: asyncio.Task[Any]) -> None:
+        self._seconds, self._task = seconds, task
+        self._loop = task.get_loop()
+        self._since: float | None = None
+        self.ended = False
+        """It was cancelled."""
+        self._timer = self._loop.call_later(seconds / 4, self._look)
+
+    def begin(self) -> None:
+        """A write begins."""
+        self._since = self._loop.time()
+
+    def end(self) -> None:
+        self._since = None
+
+    def _look(self) -> None:
+        if self._since is not None and self._loop.time() - self._since >= self._seconds:
+            self.ended = True
+            self._task.cancel()
+        else:
+            self._timer = self._loop.call_later(self._seconds / 4, self._look)
+
+    def close(self) -> None:
+        self._timer.cancel()
 
 
 async def _when_gone(receive: Receive, then: Callable[[], object]) -> None:
