@@ -1,4 +1,4 @@
-"""`octavo bench` on a machine with an NVIDIA GPU. Skipped elsewhere; `test_bench.py` and `test_cli.py` have the rest."""
+"""`octavo bench` on a machine with an NVIDIA GPU. Skipped elsewhere; see `test_bench.py` for the rest."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_all_rows_and_the_curve(tiny_model: Path, tmp_path: Path) -> None:
     for row in report["rows"][1:]:
         assert row["value"] > 0
         assert 0 < row["share"] < 1
-    free, total = torch.cuda.mem_get_info()
+    _, total = torch.cuda.mem_get_info()
     assert report["weight_bytes"] < report["memory_bytes"] < total
     assert 1e11 < report["bandwidth"] < 2e13, "bytes a second of a card from 2016 to well beyond today's"
     assert 1e12 < report["products_per_second"] < 1e16
