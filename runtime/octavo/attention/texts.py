@@ -55,16 +55,19 @@ class TextBatch:
             )
             self._mask = tensor_to_device(mask, device)
 
+    def padded(self, values: torch.Tensor) -> torch.Tensor:
+        """`[T, W]` -> `[B * longest, W]`, zeros behind each text."""
+        if self._padded is None:
+            return values
+        return values.new_zeros(self.count * self.longest, values.shape[1]).index_copy_(0, self._padded, values)
+
     def attend(
         self, qkv: torch.Tensor, heads: int, bias: torch.Tensor | None, scale: float | None = None
     ) -> torch.Tensor:
         """`[T, 3 * H * D]` -> `[T, H * D]`: each token attends to its text. `bias` `[1, H, longest, longest]` is added
         to the scores. `scale`: on `q . k`, D ** -0.5 if None."""
         width = qkv.shape[1]
-        if self._padded is None:
-            padded = qkv
-        else:
-            padded = qkv.new_zeros(self.count * self.longest, width).index_copy_(0, self._padded, qkv)
+        padded = self.padded(qkv)
         shaped = padded.view(self.count, self.longest, 3, heads, width // (3 * heads))
         q, k, v = shaped.permute(2, 0, 3, 1, 4).unbind(0)
         mask = self._mask if bias is None else bias if self._mask is None else bias + self._mask
