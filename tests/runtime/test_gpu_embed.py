@@ -51,7 +51,9 @@ def test_a_text_is_what_it_is_alone_and_on_the_cpu(tmp_path: Path) -> None:
     with LLM(str(tmp_path)) as gpu, LLM(str(tmp_path), device="cpu") as cpu, LLM(str(tmp_path), dtype="bfloat16") as h:
         together, alone = vectors(gpu.embed(many)), vectors([gpu.embed(text)[0] for text in many[:30]])
         assert gpu.stats().largest_batch > 30
-        assert np.array_equal(vectors(gpu.embed(many[:200])), vectors(gpu.embed(many[:200]))), "not the same bits again"
+        longest = max(many, key=len)
+        again = {vectors(gpu.embed(longest)).tobytes() for _ in range(30)}  # alone: company would change the products
+        assert len(again) == 1, "sums in another order"
         elsewhere, half = vectors(cpu.embed(many)), vectors(h.embed(many))
     size = np.abs(elsewhere).max()
     assert np.abs(together[:30] - alone).max() < 1e-5 * size

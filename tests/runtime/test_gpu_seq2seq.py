@@ -210,6 +210,29 @@ def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
         assert all(made.finish_reason for output in outputs for made in output.outputs)
 
 
+def test_no_kernel_is_compiled_for_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.jit import JITFunction
+
+    make("nllb", tmp_path, max_position_embeddings=1200)
+    with LLM(str(tmp_path)) as llm:
+        compiled: list[str] = []
+        original = JITFunction._do_compile
+        monkeypatch.setattr(
+            JITFunction, "_do_compile", lambda self, *args: (compiled.append(self.__name__), original(self, *args))[1]
+        )
+        kinds = [
+            SamplingParams(temperature=0, max_tokens=8),
+            SamplingParams(temperature=0.8, top_p=0.9, top_k=40, max_tokens=8, n=2, logprobs=2),
+            SamplingParams(use_beam_search=True, beam_width=4, max_tokens=8),
+            SamplingParams(max_tokens=8, structured_outputs=StructuredOutputsParams(regex="[a-c]{3,5}")),
+        ]
+        for count, longest in ((1, 20), (2, 90), (3, 1100), (16, 300), (70, 90), (290, 60), (40, 1100)):
+            prompts = [asked("nllb", source) for source in sources(count, seed=count, longest=longest)]
+            llm.generate(prompts, [kinds[n % len(kinds)] for n in range(count)])
+        llm.translate(TEXTS, **TOLD["nllb"], max_tokens=5, beam_width=2)
+        assert compiled == []
+
+
 def test_close_gives_the_memory_back(tmp_path: Path) -> None:
     make("nllb", tmp_path)
     LLM(str(tmp_path)).close()
