@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Products of tiny models take microseconds; on a busy machine each would wait for a second thread to be scheduled,
@@ -13,6 +14,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "runtime"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_gpu_unless_asked_for(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests are of the CPU but for those marked `gpu`: where there is a GPU, engines would take it by themselves, and
+    so would the processes that a test starts."""
+    if request.node.get_closest_marker("gpu") is not None:
+        yield
+        return
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -35,11 +35,13 @@ from octavo_kernels.attention_tile_triton import LOG2E, attend, first_visible_ke
 NO_LIMIT = 2**31 - 1
 
 
-# Numbers that change with the batch are not specialised on: each new one of them would be compiled for.
+# Numbers that change with the batch are not specialised on, nor where small tensors lie, which are parts of larger ones
+# as a rule: each new one of them would be compiled for.
 @triton.jit(
     do_not_specialize=[
         "batch", "halvings", "tiles_each", "token_slots", "split_slots", "longest_fresh", "min_split", "window",
-    ]
+    ],
+    do_not_specialize_on_alignment=["query_start", "seq_lens", "part_total"],
 )  # fmt: skip
 def paged_attention_kernel(
     q, k_cache, v_cache, block_table, query_start, seq_lens, out, part_acc, part_top, part_total, shared,
@@ -153,7 +155,9 @@ def paged_attention_kernel(
         tl.store(out_at, result.to(out.dtype.element_ty), mask=kept)
 
 
-@triton.jit(do_not_specialize=["batch", "split_slots"])
+@triton.jit(
+    do_not_specialize=["batch", "split_slots"], do_not_specialize_on_alignment=["query_start", "part_total"]
+)
 def shared_splits_kernel(
     q, k_cache, v_cache, block_table, query_start, part_acc, part_top, part_total, shared, kv_scales,
     batch, split_slots, q_stride_token, q_stride_head, stride_block, stride_head, stride_slot, scale, cap,
@@ -194,7 +198,10 @@ def shared_splits_kernel(
     tl.store(part_total + place, total, mask=live)
 
 
-@triton.jit(do_not_specialize=["token_slots", "split_slots", "min_split", "window"])
+@triton.jit(
+    do_not_specialize=["token_slots", "split_slots", "min_split", "window"],
+    do_not_specialize_on_alignment=["query_start", "seq_lens", "part_total"],
+)
 def join_splits_kernel(
     part_acc, part_top, part_total, query_start, seq_lens, out,
     token_slots, split_slots, out_stride_token, out_stride_head, min_split, window,

@@ -59,7 +59,8 @@ def gumbel_sample(
         out: `[B]` int64 to receive the result.
 
     Returns:
-        `[B]` int64 token ids. Among equal scores the lowest id wins.
+        `[B]` int64 token ids. Among equal scores the lowest id wins. In a row with logits that are NaN or infinite, the
+        token of such a one.
 
     Raises:
         ValueError: a shape, a dtype or a stride is wrong.
@@ -119,7 +120,7 @@ def gumbel_sample_reference(
 def _add_noise(scores: torch.Tensor, k0: torch.Tensor, k1: torch.Tensor) -> torch.Tensor:
     """Add the noise to `scores [R, V]` in place, skipping tokens which cannot win whatever they draw."""
     tokens = _token_words(scores.shape[1], scores.device)
-    possible = scores >= scores.amax(dim=-1, keepdim=True) - REACH
+    possible = (scores < scores.amax(dim=-1, keepdim=True) - REACH).logical_not_()  # in a row with NaN, all
     index = possible.nonzero() if 4 * int(possible.count_nonzero()) < scores.numel() else None
     if index is None:
         return scores.sub_(log_exponential(hash_bits(tokens, k0, k1)))

@@ -64,6 +64,8 @@ def best_of_tile_kernel(
     token = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = token < vocab
     score = tl.load(logits + row * logits_stride + token, mask=inside, other=float("-inf")).to(tl.float32)
+    # NaN becomes the best there is: beside NaN alone, what is behind the vocabulary would be as good as any token
+    score = tl.where(score < float("inf"), score, float("inf"))
     heat = tl.load(temperature + row)
     if heat > 0:
         bits = hash_bits(token, tl.load(seeds + row), tl.load(positions + row))

@@ -12,7 +12,10 @@ import triton.language as tl
 from octavo_kernels import tiles
 
 
-@triton.jit(do_not_specialize=["batch", "halvings", "total"])
+@triton.jit(
+    do_not_specialize=["batch", "halvings", "total"],
+    do_not_specialize_on_alignment=["rows", "starts", "query_start", "positions"],  # parts of larger tensors
+)
 def step_inputs_kernel(
     rows, starts, query_start, tokens, block_table, ids, positions, slots,
     batch, halvings, total, tokens_stride, table_stride, block_size,

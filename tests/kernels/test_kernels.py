@@ -19,6 +19,11 @@ FOLDER = Path(__file__).parent / "on_device"
 FILES = sorted(path.name for path in FOLDER.glob("cases_*.py"))
 
 
+@pytest.fixture(scope="module")
+def no_gpu_unless_asked_for() -> None:
+    """The cases ask for it."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_cases_pass(file: str) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from octavo import (
     LLM,
     AsyncLLM,
@@ -30,7 +29,7 @@ from octavo.engine import registry
 from octavo.engine.embed_core import BatchLimits, EmbedCore
 from octavo.engine.embed_request import EmbedEvent, EmbedRequest
 from octavo.models.sources import EMBEDDING_MODEL, resolve
-from tiny_models import save_tokenizer
+from tiny_encoders import FAMILIES, POOLINGS, make_encoder, pooled
 
 TEXTS = [
     "Hello world", "", "a", " padded  ", "Größe, naïve, 日本語 🙂", "x" * 700, "The quick brown fox. " * 200,
@@ -151,43 +150,15 @@ async def test_a_cancelled_task_leaves_nothing() -> None:
         assert len((await llm.embed("next"))[0].embedding) == 384
 
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "bert": {"type_vocab_size": 2}, "roberta": {"pad_token_id": 1, "type_vocab_size": 1},
-    "xlm-roberta": {"pad_token_id": 1, "type_vocab_size": 1}, "mpnet": {"pad_token_id": 1},
-    "distilbert": {"dim": 32, "n_heads": 4, "n_layers": 2, "hidden_dim": 48},
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("kind", FAMILIES)
-@pytest.mark.parametrize("mode", ["mean", "cls", "max", "lasttoken"])
+@pytest.mark.parametrize("mode", POOLINGS)
 def test_families_and_poolings_equal_transformers(kind: str, mode: str, tmp_path: Path) -> None:
-    from transformers import AutoConfig, AutoModel
-
-    torch.manual_seed(3)
-    settings: dict[str, Any] = {
-        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "max_position_embeddings": 80, "initializer_range": 0.3,
-    } | FAMILIES[kind]  # fmt: skip
-    model = AutoModel.from_config(AutoConfig.for_model(kind, **settings)).eval()
-    model.save_pretrained(tmp_path)
-    save_tokenizer(tmp_path)
-    (tmp_path / "modules.json").write_text(json.dumps([
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-    ]))  # fmt: skip
-    (tmp_path / "1_Pooling").mkdir()
-    long = {"mean": "mean_tokens", "cls": "cls_token", "max": "max_tokens", "lasttoken": "lasttoken"}
-    pooling = {f"pooling_mode_{name}": key == mode for key, name in long.items()}
-    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **pooling}))
+    model = make_encoder(kind, mode, tmp_path)
     texts = ["The quick brown fox", "dog", "Numbers such as 1, 12 and 123 are written with digits."]
     with LLM(str(tmp_path)) as llm:
         outputs = llm.embed(texts)
     for output in outputs:
-        with torch.no_grad():
-            states = model(input_ids=torch.tensor([output.prompt_token_ids])).last_hidden_state[0]
-        expected = {
-            "mean": states.mean(0), "cls": states[0], "max": states.max(0).values, "lasttoken": states[-1]
-        }[mode]  # fmt: skip
+        expected = pooled(model, output.prompt_token_ids, mode)
         np.testing.assert_allclose(output.embedding, expected.numpy(), atol=2e-5)
 
 

@@ -83,18 +83,19 @@ class Seq2SeqParts:
     """A loaded model, from which any number of cores are made."""
 
     def __init__(
-        self, path: Path, dtype: torch.dtype = torch.float32, product: ProductMaker = product_with
-    ) -> None:
+        self, path: Path, dtype: torch.dtype = torch.float32, product: ProductMaker = product_with,
+        length: int = LENGTH,
+    ) -> None:  # fmt: skip
         self.files = resolve(str(path))
         self.config: Seq2SeqConfig = load_seq2seq_config(self.files)
-        self.dtype = dtype
+        self.dtype, self.length = dtype, length
         with SafetensorsWeights(path) as reader:
-            self.model = load_seq2seq(reader, self.config, self.resolved(), product=product)
+            self.model = load_seq2seq(reader, self.config, self.resolved(num_blocks=length), product=product)
 
     def resolved(
         self, *, num_blocks: int = 65, block_size: int = 16, max_num_seqs: int = 16, budget: int = 64, depth: int = 0
     ) -> Resolved:
-        length = min((num_blocks - 1) * block_size, LENGTH)
+        length = min((num_blocks - 1) * block_size, self.length)
         return Resolved(
             torch.device("cpu"), self.dtype, block_size, num_blocks, length, max_num_seqs, max(budget, max_num_seqs),
             depth,

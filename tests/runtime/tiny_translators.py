@@ -52,7 +52,7 @@ def nllb(folder: Path, **changes: Any) -> tuple[Any, Any]:
     return make_seq2seq("m2m100", folder, vocab_size=len(tokenizer), **changes), tokenizer
 
 
-def m2m100(folder: Path) -> tuple[Any, Any]:
+def m2m100(folder: Path, **changes: Any) -> tuple[Any, Any]:
     from transformers import M2M100Tokenizer
 
     pieces = train_pieces(folder / "spm.model", "bpe")
@@ -60,10 +60,10 @@ def m2m100(folder: Path) -> tuple[Any, Any]:
     (folder / "v.json").write_text(json.dumps(vocab))
     tokenizer = M2M100Tokenizer(str(folder / "v.json"), str(folder / "spm.model"), src_lang="en")
     tokenizer.save_pretrained(folder)
-    return make_seq2seq("m2m100", folder, vocab_size=len(vocab) + 108), tokenizer
+    return make_seq2seq("m2m100", folder, vocab_size=len(vocab) + 108, **changes), tokenizer
 
 
-def marian(folder: Path, targets: tuple[str, ...] = ()) -> tuple[Any, Any]:
+def marian(folder: Path, targets: tuple[str, ...] = (), **more: Any) -> tuple[Any, Any]:
     """`targets`: of a model of several, as ">>fra<<"."""
     from transformers import MarianTokenizer
 
@@ -78,7 +78,7 @@ def marian(folder: Path, targets: tuple[str, ...] = ()) -> tuple[Any, Any]:
     tokenizer.save_pretrained(folder)
     pad = vocab["<pad>"]
     changes = {"pad_token_id": pad, "decoder_start_token_id": pad, "bad_words_ids": [[pad]]}
-    return make_seq2seq("marian", folder, vocab_size=len(vocab), **changes), tokenizer
+    return make_seq2seq("marian", folder, vocab_size=len(vocab), **changes, **more), tokenizer
 
 
 def t5(folder: Path, targets: tuple[str, ...] = (), name: str = "t5") -> tuple[Any, Any]:

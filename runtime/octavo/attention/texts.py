@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from octavo.execute.transfer import tensor_to_device
+
 
 class TextBatch:
     """`B` texts of `T` tokens in all. `pad_token_id`: not None for models whose positions leave out padding tokens and
@@ -33,25 +35,31 @@ class TextBatch:
             positions = counted * (so_far - (so_far - counted)[starts][text_of]) + pad_token_id
         self.count = len(texts)
         self.longest = int(lengths.max())
-        self.ids = ids.to(device)
+        self.ids = tensor_to_device(ids, device)
         """`[T]`"""
-        self.positions = positions.to(device)
+        self.positions = tensor_to_device(positions, device)
         """`[T]`: rows of the table of positions."""
-        self.lengths, self.starts, self.ends = lengths.to(device), starts.to(device), ends.to(device)
+        self.lengths, self.starts, self.ends = (tensor_to_device(t, device) for t in (lengths, starts, ends))
         """`[B]`"""
-        self.text_of = text_of.to(device)
+        self.text_of = tensor_to_device(text_of, device)
         """`[T]`: which text a token belongs to."""
-        self.places = places.to(device)
+        self.places = tensor_to_device(places, device)
         """`[T]`: where a token stands in its text."""
         self._padded: torch.Tensor | None = None
         self._mask: torch.Tensor | None = None
         if self.count * self.longest != len(ids):
-            self._padded = (text_of * self.longest + places).to(device)
+            self._padded = tensor_to_device(text_of * self.longest + places, device)
             visible = torch.arange(self.longest) < lengths[:, None]
             mask = torch.zeros(self.count, 1, 1, self.longest, dtype=dtype).masked_fill_(
                 ~visible[:, None, None], float("-inf")
             )
-            self._mask = mask.to(device)
+            self._mask = tensor_to_device(mask, device)
+
+    def padded(self, values: torch.Tensor) -> torch.Tensor:
+        """`[T, W]` -> `[B * longest, W]`, zeros behind each text."""
+        if self._padded is None:
+            return values
+        return values.new_zeros(self.count * self.longest, values.shape[1]).index_copy_(0, self._padded, values)
 
     def attend(
         self, qkv: torch.Tensor, heads: int, bias: torch.Tensor | None, scale: float | None = None
@@ -59,10 +67,7 @@ class TextBatch:
         """`[T, 3 * H * D]` -> `[T, H * D]`: each token attends to its text. `bias` `[1, H, longest, longest]` is added
         to the scores. `scale`: on `q . k`, D ** -0.5 if None."""
         width = qkv.shape[1]
-        if self._padded is None:
-            padded = qkv
-        else:
-            padded = qkv.new_zeros(self.count * self.longest, width).index_copy_(0, self._padded, qkv)
+        padded = self.padded(qkv)
         shaped = padded.view(self.count, self.longest, 3, heads, width // (3 * heads))
         q, k, v = shaped.permute(2, 0, 3, 1, 4).unbind(0)
         mask = self._mask if bias is None else bias if self._mask is None else bias + self._mask

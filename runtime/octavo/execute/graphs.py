@@ -20,21 +20,14 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from octavo_kernels import (
-    draw_tokens,
-    enter_blocks,
-    find_broken,
-    forbid_tokens,
-    gumbel_sample,
-    step_inputs,
-    top_k_top_p_min_p,
-)
+from octavo_kernels import draw_tokens, enter_blocks, find_broken, step_inputs
 from octavo_kernels.ahead import compiled_ahead
 
 from octavo.attention.base import AttentionBackend
 from octavo.engine.plan import RowStep, StepPlan
 from octavo.execute.context import ForwardContext, KVCache, StepInputs
 from octavo.execute.model import Model
+from octavo.execute.rehearsal import choose_in_every_way
 from octavo.execute.staging import Staging
 from octavo.execute.table import FLOATS, RowTable
 from octavo.host_memory import collector_paused
@@ -182,7 +175,7 @@ class StepGraphs:
             for shape in examples:
                 self._run(shape)
                 self._draw_some(shape.entries)
-            self._filter_some()
+            choose_in_every_way(self._table)
 
         self._record.prepare(every_kind, meanwhile=lambda: self._attention.get_ready(longest))
         if (step := self._attention.prompt_step) and (sizes := range(own + step, longest + 1, step)):
@@ -277,16 +270,6 @@ class StepGraphs:
         logits = self._model.logits(self.hidden.index_select(0, chosen))
         temperature = table.floats[:, FLOATS.index("temperature")]
         draw_tokens(logits, rows, positions, temperature, table.seeds, table.tokens, staging.results[0, :size])
-
-    def _filter_some(self) -> None:
-        """Nothing is recorded of this; but its kernels must be there when a request comes that asks for them."""
-        device, vocabulary = self._table.device, self._table.vocab_size
-        for rows in (1, 2):
-            logits, ones = torch.zeros(rows, vocabulary, device=device), torch.ones(rows, device=device)
-            longs = torch.zeros(rows, dtype=torch.int64, device=device)
-            top_k_top_p_min_p(logits, ones, longs.to(torch.int32), ones, ones)
-            gumbel_sample(logits, ones, longs, longs)
-            forbid_tokens(logits, longs, torch.zeros(rows, -(-vocabulary // 32), dtype=torch.int32, device=device))
 
 
 def _examples(shapes: Sequence[Shape]) -> list[Shape]:

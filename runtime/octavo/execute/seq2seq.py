@@ -29,6 +29,7 @@ from octavo.execute.build import (
 )
 from octavo.execute.lost import is_lost
 from octavo.execute.packing import held_by_seq2seq, rounds_to_bytes
+from octavo.execute.rehearsal import rehearse
 from octavo.execute.sizing import Card, Sizes, blocks_in_ram, blocks_on_gpu, usable_length
 from octavo.execute.sources import Seq2SeqRunner, SourceTable
 from octavo.execute.table import RowTable
@@ -114,6 +115,8 @@ def core_around(
         _attention(device, resolved.dtype, config, size), SourceTable(rows, length, size, KV_PAD, device),
         config.never_ids,
     )  # fmt: skip
+    if device.type == "cuda":
+        rehearse(runner, config.num_kv_heads, length)
     return EngineCore(scheduler, runner, depth=resolved.depth, turns=turns, is_lost=is_lost(resolved.device))
 
 

@@ -18,7 +18,11 @@ def to_device(values: Sequence[int] | Sequence[float], dtype: torch.dtype, devic
 
 def array_to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """The same for an array, of its own type. On the CPU the tensor shares its memory."""
-    tensor = torch.from_numpy(array)
+    return tensor_to_device(torch.from_numpy(array), device)
+
+
+def tensor_to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The same for a tensor in ordinary memory."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor

@@ -23,8 +23,10 @@ def _pool(hidden: torch.Tensor, batch: TextBatch, mode: str) -> torch.Tensor:
     if mode == "max":
         lowest = hidden.new_full((batch.count, hidden.shape[1]), float("-inf"))
         return lowest.scatter_reduce_(0, batch.text_of[:, None].expand_as(hidden), hidden, "amax")
-    weights = (batch.places + 1).float() if mode == "weightedmean" else torch.ones_like(batch.places).float()
-    zeros = hidden.new_zeros(batch.count, hidden.shape[1])
-    total = zeros.index_add_(0, batch.text_of, hidden * weights[:, None] if mode == "weightedmean" else hidden)
-    weight = weights.new_zeros(batch.count).index_add_(0, batch.text_of, weights)[:, None]
+    weight = batch.lengths[:, None].float()
+    if mode == "weightedmean":
+        hidden = hidden * (batch.places + 1)[:, None]
+        weight = weight * (weight + 1) / 2
+    # not by index_add_: on a GPU it adds in the order in which threads come, and equal texts differ in their last bits
+    total = batch.padded(hidden).view(batch.count, batch.longest, -1).sum(dim=1)
     return total / (weight.sqrt() if mode == "mean_sqrt_len_tokens" else weight)

@@ -169,6 +169,19 @@ def test_strided_queries_and_caches(device) -> None:
     assert torch.equal(batch.run(paged_attention_triton), expected)
 
 
+@pytest.mark.parametrize("size", [16, 64])
+def test_queries_at_the_end_of_sources_that_they_share(device, size) -> None:
+    """The attention of a decoder to its source: a sequence of one query for each token of the step, many of which have
+    the same blocks, and rows of no token behind them."""
+    sources = make(device, [(1, length) for length in (1, 16, 17, 90, 150)], heads=2, kv_heads=2, size=size)
+    readers = torch.tensor([3, 3, 0, 4, 1, 2, *[4] * (40 if device.type == "cuda" else 1)], device=device)
+    q = torch.randn(len(readers) + 2, 2, size).to(device, sources.q.dtype)
+    starts = torch.arange(len(readers) + 1, dtype=torch.int32, device=device)
+    batch = Batch(q, sources.k, sources.v, sources.table[readers], starts, sources.lengths[readers], [1] * len(readers))
+    for split in (tiles.FEW_SPLIT, tiles.MIN_SPLIT):
+        compare(batch, min_split=split)
+
+
 def test_a_head_size_too_large_is_refused(device) -> None:
     with pytest.raises(ValueError, match="512"):
         make(device, [(1, 3)], size=512).run(paged_attention_triton)

@@ -87,6 +87,22 @@ def test_gumbel_sample(device, rows, vocab, dtype) -> None:
     assert alone == drawn[2]
 
 
+@pytest.mark.parametrize("vocab", [1, 300, 8193, 49152])
+@pytest.mark.parametrize("heat", [0.0, 0.9])
+def test_a_broken_row_gives_a_token_that_is_broken(device, vocab, heat) -> None:
+    """Of the vocabulary, so that whoever looks up its logit finds it, and finds that it is not finite."""
+    logits = torch.randn(6, vocab).to(device)
+    logits[0], logits[1], logits[2, vocab // 2], logits[3, -1] = float("nan"), INF, float("nan"), INF
+    logits[4, : vocab // 2], logits[4, vocab // 2 :] = -INF, float("nan")
+    temperature = torch.full((6,), heat, device=device)
+    seeds, positions = torch.arange(6, device=device), torch.arange(6, device=device)
+    for sample in (gumbel_sample_triton, gumbel_sample_reference):
+        drawn = sample(logits, temperature, seeds, positions).cpu()
+        assert ((drawn >= 0) & (drawn < vocab)).all(), (sample, drawn)
+        found = logits.cpu().gather(1, drawn[:, None])[:, 0]
+        assert found.isfinite().tolist() == [False] * 5 + [True], (sample, drawn)
+
+
 def test_greedy_takes_the_lowest_of_equals_across_tiles(device) -> None:
     logits = torch.zeros(4, 3 * tiles.SAMPLE_TILE + 5, device=device)
     logits[1, [tiles.SAMPLE_TILE + 7, 2 * tiles.SAMPLE_TILE + 1]] = 1

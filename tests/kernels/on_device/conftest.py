@@ -10,6 +10,11 @@ import pytest
 import torch
 
 
+@pytest.fixture(scope="module")
+def no_gpu_unless_asked_for() -> None:
+    """These ask for it."""
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     if torch.cuda.is_available():
