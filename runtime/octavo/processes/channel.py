@@ -1,7 +1,7 @@
 """Messages between two of our processes: bytes with their length before them, over a pair of sockets.
 
-`spawn` starts a program with one end of such a pair; `Channel.of_descriptor` is the other end, in that program. What the
-bytes mean is said by those who send them.
+`spawn` starts a program with one end of such a pair; `Channel.of_descriptor` is the other end, in that program. What
+the bytes mean is said by those who send them.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ class Channel:
         """In a process that was started by `spawn`. Its own children do not get the socket: it would stay open."""
         os.set_inheritable(descriptor, False)
         return cls(socket.socket(fileno=descriptor))
+
+    def fileno(self) -> int:
+        """For whoever waits for several things at once: readable when something came. A message may be here already,
+        so receive until there is none."""
+        return self._socket.fileno()
 
     def send(self, message: bytes) -> None:
         """Blocks while the other end does not read. Raises `ChannelClosedError`."""
