@@ -25,8 +25,8 @@ from octavo.processes.guarded import Approved, GuardedGrammars, Verdicts, _text
 from octavo.structured_outputs import StructuredOutputsParams
 from octavo.tokenizer import Tokenizer, load_tokenizer
 
-SECOND = 3.0
-"""Of a machine that others use."""
+SECOND = 3.5
+"""Of a machine that others use (`guard_worker.MOST_SECONDS`)."""
 SLOW = {"type": "integer", "multipleOf": 1000003}
 """The library takes 8 s and 300 MB for it."""
 USER = [{"role": "user", "content": "a"}]
@@ -77,10 +77,15 @@ def until(what: Callable[[], bool], seconds: float = 10) -> None:
 
 
 def refusal(verdicts: Verdicts, params: StructuredOutputsParams) -> str:
-    began = time.monotonic()
-    with pytest.raises(RequestError) as caught:
-        verdicts.check(params)
-    assert time.monotonic() - began < SECOND
+    """On a machine that others use it may take several tries: the clock ends what had no processor."""
+    for _ in range(20):
+        began = time.monotonic()
+        with pytest.raises((RequestError, QueueFullError)) as caught:
+            verdicts.check(params)
+        assert time.monotonic() - began < SECOND
+        if isinstance(caught.value, RequestError):
+            break
+    assert isinstance(caught.value, RequestError)
     assert caught.value.field == "structured_outputs"
     return str(caught.value)
 
@@ -153,7 +158,8 @@ def test_many_ask_and_one_job_is_done(guard: Guard, tokenizer: Tokenizer) -> Non
 
     guard.ask = counted  # type: ignore[method-assign]
     try:
-        threads = [threading.Thread(target=refusal, args=(verdicts, slow(-1))) for _ in range(20)]
+        same = StructuredOutputsParams(regex="a{40}(b|c){1,900}")
+        threads = [threading.Thread(target=verdicts.check, args=(same,)) for _ in range(20)]
         for one in threads:
             one.start()
         for one in threads:
@@ -165,7 +171,7 @@ def test_many_ask_and_one_job_is_done(guard: Guard, tokenizer: Tokenizer) -> Non
 
 def test_schemas_are_judged_by_themselves(verdicts: Verdicts) -> None:
     tree: dict[str, Any] = {"type": "string"}
-    for _ in range(6):
+    for _ in range(5):
         tree = {"anyOf": [{"type": "object", "properties": {f"k{number}": tree}} for number in range(6)]}
     assert asyncio.run(verdicts.reason('{"type": "object"}')) == ""
     assert "nope" in asyncio.run(verdicts.reason('{"type": "nope"}'))
@@ -192,7 +198,9 @@ def test_slow_ones_do_not_hold_up_others(guard: Guard, verdicts: Verdicts, token
     took = time.monotonic() - began
     assert not all(one.done() for one in flood)
     assert took < 8 * 0.15 + 1.0  # the first moments of each, at most
-    assert all("too long" in one.result(60) for one in flood)
+    for one in flood:
+        end = one.exception(60) or one.result()
+        assert isinstance(end, QueueFullError) or "too long" in str(end)
 
 
 @pytest.mark.slow
@@ -247,7 +255,7 @@ def test_templates_that_explode(guard: Guard, template: str) -> None:
     before, began = guard.pid, time.monotonic()
     answer = render(guard, template)
     assert time.monotonic() - began < SECOND
-    assert answer.outcome in ("refused", "slow", "large", "broken")
+    assert answer.outcome in ("refused", "slow", "late", "large", "broken")
     assert "0x" not in answer.text
     assert render(guard, "b").text == "b"
     assert guard.pid == before

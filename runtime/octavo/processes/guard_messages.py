@@ -9,8 +9,8 @@ import msgspec
 
 Kind = Literal["grammar", "schema", "template"]
 Outcome = Literal["fine", "refused", "slow", "late", "large", "broken", "busy"]
-"""Of a job: done; refused with a reason; too much time of a processor, or by the clock; too much memory; it broke what
-it ran in; no room for it now."""
+"""Of a job: done; refused with a reason; it takes too much time; there was too little of a processor to tell; it takes
+too much memory; it broke what it ran in; no room for it now."""
 
 
 class Learn(msgspec.Struct, tag=True, frozen=True):

@@ -12,6 +12,7 @@ the next one is sent away.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import resource
@@ -35,16 +36,20 @@ from octavo.processes.guard_messages import Answer, Forget, Job, Learn, Outcome,
 from octavo.tokenizer import Tokenizer
 
 QUICK_SECONDS = 0.15
-CPU_SECONDS = 0.7
+CPU_SECONDS = 0.5
 """Of a processor, for a job: the kernel ends a child that took them (SIGPROF)."""
-WALL_SECONDS = 3.0
-"""By the clock, without those in which it stood still. They are more than the former where others use the processor."""
+WALL_SECONDS = 0.85
+"""By the clock, without those in which it stood still: whoever waits is to be told within a second. But it goes on until
+it had `FAIR_SECONDS` of a processor, if others leave it so little, for `MOST_SECONDS` at most."""
+FAIR_SECONDS = CPU_SECONDS / 2
+MOST_SECONDS = 3.0
 MEMORY = 256 << 20
 """Bytes that a child may have beside what it was born with."""
+LOOK_SECONDS = 0.05
 MOST_SLOW = 8
 """Jobs that stand still. What each has is what it took in `QUICK_SECONDS`: 40 MB at most, by hand."""
-_NICENESS = 5
 _PARENT_DEATH = 1  # PR_SET_PDEATHSIG
+_libc = ctypes.CDLL(None)
 
 
 @dataclass
@@ -63,6 +68,15 @@ class _Child:
 
     def seconds(self) -> float:
         return self.ran + time.monotonic() - self.since
+
+    def cpu_seconds(self) -> float:
+        """Of a processor, that it took."""
+        try:
+            with open(f"/proc/{self.pid}/stat") as file:
+                ticks = file.read().rpartition(")")[2].split()[11:13]
+            return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+        except OSError:  # another system than Linux: as if it had all
+            return self.seconds()
 
     def stop(self) -> None:
         self.ran = self.seconds()
@@ -113,7 +127,7 @@ class Worker:
             ends.append(QUICK_SECONDS - self._quick.seconds())
         if self._slow is not None:
             ends.append(WALL_SECONDS - self._slow.seconds())
-        for place, _ in self._poll.poll(max(min(ends), 0) * 1000 + 1 if ends else None):
+        for place, _ in self._poll.poll(max(min(ends), LOOK_SECONDS) * 1000 if ends else None):
             for child in (self._quick, self._slow):
                 if child is not None and child.pipe == place:
                     self._read(child)
@@ -164,7 +178,10 @@ class Worker:
         """Whose time is over."""
         slow, quick = self._slow, self._quick
         if slow is not None and slow.seconds() >= WALL_SECONDS:
-            self._end(slow, "late")
+            if slow.cpu_seconds() >= FAIR_SECONDS:
+                self._end(slow, "slow")
+            elif slow.seconds() >= MOST_SECONDS:
+                self._end(slow, "late")
         if quick is None or quick.seconds() < QUICK_SECONDS:
             return
         if self._slow is None:
@@ -174,7 +191,7 @@ class Worker:
             self._poll.unregister(quick.pipe)
             self._still.append(quick)
             self._quick = None
-        else:
+        elif quick.cpu_seconds() >= QUICK_SECONDS / 3:  # or it is no fault of its own
             self._end(quick, "busy")
 
     def _end(self, child: _Child, outcome: Outcome) -> None:
@@ -222,9 +239,7 @@ def _bound(parent: int) -> None:
     os.dup2(silence, 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL)
+        _libc.prctl(_PARENT_DEATH, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
         with open("/proc/self/statm") as file:
@@ -246,7 +261,6 @@ def _outcome(status: int) -> Outcome:
 def main(descriptor: int) -> None:
     """Runs until the parent ends the channel, or is gone."""
     warnings.simplefilter("ignore")
-    os.nice(_NICENESS)
     guard_jobs.warm()
     Worker(Channel.of_descriptor(descriptor)).run()
 

@@ -35,7 +35,6 @@ _Key = tuple[Kind, bytes]
 _SMALLER = "make it smaller (fewer alternatives, repetitions, properties and levels)"
 _WHY = {
     "slow": f"takes too long to compile: {_SMALLER}",
-    "late": f"takes too long to compile on a server that is busy: {_SMALLER}, or try again later",
     "large": f"takes too much memory to compile: {_SMALLER}",
 }
 _BROKEN = f"is more than the compiler can take: {_SMALLER}"
@@ -105,8 +104,8 @@ class Verdicts:
                     self._known.popitem(last=False)
         if error is not None:
             answer.set_exception(error)
-        elif outcome == "busy":
-            answer.set_exception(QueueFullError("too many slow grammars wait already"))
+        elif outcome in ("busy", "late"):
+            answer.set_exception(QueueFullError("too many grammars wait already"))
         else:
             answer.set_result(reason)
 

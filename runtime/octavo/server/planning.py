@@ -26,7 +26,6 @@ BLAME_SECONDS = 1.0
 """To find which schema is to blame for a grammar that was refused."""
 _WHY = {
     "slow": "takes too long: make it smaller",
-    "late": "takes too long on a server that is busy: make it smaller, or try again later",
     "large": "takes too much memory: make it smaller",
 }
 
@@ -128,8 +127,8 @@ async def _rendered(guard: Guard, sketch: ChatSketch, longest: int) -> str:
         answer = await asyncio.wrap_future(guard.ask("template", body))
         if answer.outcome == "fine":
             return answer.text
-        if answer.outcome == "busy":
-            raise QueueFullError("too many slow templates wait already")
+        if answer.outcome in ("busy", "late"):
+            raise QueueFullError("too many templates wait already")
         if answer.outcome != "refused":
             reason = _WHY.get(answer.outcome, "is more than can be rendered: make it simpler")
             raise RequestError(f"the chat template {reason}", "chat_template")
