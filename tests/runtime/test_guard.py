@@ -1,4 +1,4 @@
-"""The guard, with its real worker: a job that explodes ends alone, whatever it is, and nothing else waits for it long."""
+"""The guard, with its real worker: a job that explodes ends alone, and nothing else waits long for it."""
 
 from __future__ import annotations
 
@@ -240,11 +240,13 @@ LOOP = "{%% for a in range(99999) %%}%s{%% endfor %%}"
     "template",
     [
         "{% for i in range(10**9) %}{% endfor %}", "{{ range(10**9) | list }}", "{{ 'a' * 10**10 }}",
-        "{{ 10 ** (10 ** 10) }}", LOOP % (LOOP % "x"), "{{ ''.__class__.__mro__ }}", "{{ messages.__class__.__base__ }}",
+        "{{ 10 ** (10 ** 10) }}", LOOP % (LOOP % "x"),
+        "{{ ''.__class__.__mro__ }}", "{{ messages.__class__.__base__ }}",
         "{% set x = namespace(a='a') %}" + LOOP % "{% set x.a = x.a ~ x.a %}",
         "{{ ('a' * 30000000) | replace('a', 'b' * 30000000) }}", "{{ '%2000000000d' % 1 }}", "{{ cycler.__init__() }}",
         "{% for i in range(30) %}{{ ('x' * 1000000) }}{% endfor %}", "{{ " + "(" * 5000 + ")" * 5000 + " }}",
-        "{{ '" + "{:>99999999}" * 9 + "'.format(1,1,1,1,1,1,1,1,1) }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{{ '" + "{:>99999999}" * 9 + "'.format(1,1,1,1,1,1,1,1,1) }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
         "{{ (range(99999) | list) | map('string') | join('x' * 9999) }}", "{{ 'a' | wordwrap(10**9) | indent(10**9) }}",
         "{% for i in range(99999) %}{{ (range(99999) | list) | sort | first }}{% endfor %}",
         "{{ " + " + ".join(["1"] * 60_000) + " }}", "{% if 1 %}" * 20_000, "{{ lipsum(n=10**6) }}",

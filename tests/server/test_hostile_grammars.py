@@ -180,7 +180,8 @@ def test_a_flood_of_slow_ones_does_not_shut_others_out(open_server: InProcess) -
     "template",
     [
         LOOP, "{% for i in range(10**9) %}{% endfor %}", "{{ 'a' * 10**10 }}", "{{ ''.__class__.__mro__ }}", "{{ '",
-        "{% for i in range(99999) %}{{ (range(99999) | list) | sort | first }}{% endfor %}", "{{ messages | attr('x').y }}",
+        "{% for i in range(99999) %}{{ (range(99999) | list) | sort | first }}{% endfor %}",
+        "{{ (messages | attr('x')).y }}",
         "{% set x = namespace(a='aaaaaaaa') %}{% for i in range(40) %}{% set x.a = x.a ~ x.a %}{% endfor %}{{ x.a }}",
         "{% for i in range(30) %}{{ 'x' * 1000000 }}{% endfor %}", "{{ cycler.__init__.__globals__ }}",
         "{{ raise_exception('no') }}{#" + "x" * 300_000 + "#}",

@@ -39,8 +39,8 @@ QUICK_SECONDS = 0.15
 CPU_SECONDS = 0.5
 """Of a processor, for a job: the kernel ends a child that took them (SIGPROF)."""
 WALL_SECONDS = 0.85
-"""By the clock, without those in which it stood still: whoever waits is to be told within a second. But it goes on until
-it had `FAIR_SECONDS` of a processor, if others leave it so little, for `MOST_SECONDS` at most."""
+"""By the clock, without those in which it stood still: whoever waits is to be told within a second. But it goes on
+until it had `FAIR_SECONDS` of a processor, if others leave it so little, for `MOST_SECONDS` at most."""
 FAIR_SECONDS = CPU_SECONDS / 2
 MOST_SECONDS = 3.0
 MEMORY = 256 << 20
