@@ -40,7 +40,7 @@ def text_of(folder: Path, **settings: Any) -> str:
 
 
 def test_a_configuration_that_asks_for_code_gets_none_run(folder: Path, tmp_path: Path) -> None:
-    """By every name that transformers knows for code, in every file that is read. The model runs as it would without."""
+    """By all names that transformers knows for code, in all files that are read. The model runs as it would without."""
     expected = text_of(folder)
     marker = tmp_path / "ran"
     evil = f"from pathlib import Path\nPath({str(marker)!r}).touch()\nclass Evil: pass\n"

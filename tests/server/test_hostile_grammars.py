@@ -139,6 +139,7 @@ def test_one_bad_tool_is_named(open_server: InProcess) -> None:
         assert refused(open_server, path, body, "tools").startswith("tools[1] (odd): the parameters are not supported")
 
 
+@pytest.mark.slow
 def test_different_regexes_are_answered_one_by_one(open_server: InProcess) -> None:
     """10,000 of them, by hand, are in docs/reliability.md."""
     process = Path(f"/proc/{os.getpid()}/statm")
@@ -153,6 +154,7 @@ def test_different_regexes_are_answered_one_by_one(open_server: InProcess) -> No
     assert grown < 150
 
 
+@pytest.mark.slow
 def test_a_flood_of_slow_ones_does_not_shut_others_out(open_server: InProcess) -> None:
     """Each is answered or told to come again; meanwhile a quick one gets through."""
     def slow(number: int) -> int:
