@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from octavo.models.seq2seq_config import DecoderConfig
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FILES = ("vocab", "merges", "init_inputs", "gguf_file", "tokenizer_object")
 _TEMPLATE_BYTES = 4 << 20
 _LONG = 4096
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
@@ -62,6 +63,7 @@ def load_tokenizer(files: ModelFiles, *, trust_remote_code: bool = False) -> Tok
     own_code = isinstance(settings.get("auto_map"), dict)
     if tokenizer_path.is_file() and not (own_code and trust_remote_code):
         return _from_tokenizer_json(folder, tokenizer_path, settings)
+    _check_names_no_files(settings, str(config_path))
     return _from_transformers(folder, trust_remote_code)
 
 
@@ -351,6 +353,13 @@ def _from_transformers(folder: Path, trust_remote_code: bool) -> Tokenizer:
     tokenizer = Tokenizer(backend, {**settings, "chat_template": hf.chat_template}, str(folder))
     tokenizer._hf = hf
     return tokenizer
+
+
+def _check_names_no_files(settings: Mapping[str, Any], file: str) -> None:
+    """transformers would take these for names of files, anywhere on this machine, and make a vocabulary of them."""
+    for name in _FILES:
+        if settings.get(name):
+            raise ModelFileError("names a file to read, which a model must not", file=file, field=name)
 
 
 def _decoder_steps(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:

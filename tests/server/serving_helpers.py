@@ -4,6 +4,7 @@ engine."""
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -130,3 +131,55 @@ def in_process(
         yield running
     finally:
         running.close()
+
+
+class Beside:
+    """A stream that goes on all the time, begun anew when it ends, while other things are done to its server."""
+
+    def __init__(self, server: InProcess) -> None:
+        self.texts: list[str] = []
+        self.frames = 0
+        self.longest_gap = 0.0
+        self.stop = threading.Event()
+        self._url = f"{server.url}/v1/completions"
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    @classmethod
+    @contextmanager
+    def of(cls, server: InProcess) -> Iterator[Beside]:
+        """At the end, all of its answers were the same, and the engine comes to rest."""
+        running = cls(server)
+        yield running
+        running.stop.set()
+        running.thread.join(30)
+        assert len(set(running.texts)) == 1
+        assert server.idle()
+
+    @contextmanager
+    def goes_on(self) -> Iterator[None]:
+        """Without a long gap, and after whatever is done meanwhile."""
+        self.longest_gap = 0.0
+        yield
+        seen, end = self.frames, time.monotonic() + 5
+        while self.frames < seen + 3:
+            assert time.monotonic() < end, "the stream stands still"
+            assert self.thread.is_alive()
+            time.sleep(0.002)
+        assert self.longest_gap < 2.0
+
+    def _run(self) -> None:
+        while not self.stop.is_set():
+            self.texts.append(self._read())
+
+    def _read(self) -> str:
+        body = {"prompt": [80, 81], "max_tokens": 60, "ignore_eos": True, "temperature": 0, "stream": True}
+        with httpx.stream("POST", self._url, json=body, timeout=30) as reply:
+            last, text = time.monotonic(), ""
+            for line in reply.iter_lines():
+                self.longest_gap = max(self.longest_gap, time.monotonic() - last)
+                last = time.monotonic()
+                self.frames += 1
+                if line.startswith("data: {"):
+                    text += json.loads(line[6:])["choices"][0]["text"]
+        return text

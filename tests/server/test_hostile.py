@@ -6,69 +6,28 @@ import gzip
 import json
 import re
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-from serving_helpers import InProcess
+from serving_helpers import Beside, InProcess
 
 BIG = [-1, 2**31, 2**63, 2**64, 1.5, "1", True, [], {}]
 LEAK = re.compile(r"Traceback|File \"|/tmp|/work|/root|site-packages|\.py\b|0x[0-9a-f]{6,}|octavo\.server")
 
 
-class Beside:
-    """A stream that goes on all the time, begun anew when it ends."""
-
-    def __init__(self, tiny: InProcess) -> None:
-        self.texts: list[str] = []
-        self.frames = 0
-        self.longest_gap = 0.0
-        self.stop = threading.Event()
-        self._url = f"{tiny.url}/v1/completions"
-        self.thread = threading.Thread(target=self._run)
-        self.thread.start()
-
-    def _run(self) -> None:
-        while not self.stop.is_set():
-            self.texts.append(self._read())
-
-    def _read(self) -> str:
-        body = {"prompt": [80, 81], "max_tokens": 60, "ignore_eos": True, "temperature": 0, "stream": True}
-        with httpx.stream("POST", self._url, json=body, timeout=30) as reply:
-            last, text = time.monotonic(), ""
-            for line in reply.iter_lines():
-                self.longest_gap = max(self.longest_gap, time.monotonic() - last)
-                last = time.monotonic()
-                self.frames += 1
-                if line.startswith("data: {"):
-                    text += json.loads(line[6:])["choices"][0]["text"]
-        return text
-
-
 @pytest.fixture(scope="module")
 def beside(tiny: InProcess) -> Iterator[Beside]:
-    running = Beside(tiny)
-    yield running
-    running.stop.set()
-    running.thread.join(30)
-    assert len(set(running.texts)) == 1
-    assert tiny.idle()
+    with Beside.of(tiny) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)
 def stream_goes_on(beside: Beside) -> Iterator[None]:
-    """Without a long gap, and after whatever the test did."""
-    beside.longest_gap = 0.0
-    yield
-    seen, end = beside.frames, time.monotonic() + 5
-    while beside.frames < seen + 3:
-        assert time.monotonic() < end, "the stream stands still"
-        assert beside.thread.is_alive()
-        time.sleep(0.002)
-    assert beside.longest_gap < 2.0
+    with beside.goes_on():
+        yield
 
 
 def refused(tiny: InProcess, path: str, body: Any, param: str | None = None, status: int = 400) -> dict[str, Any]:

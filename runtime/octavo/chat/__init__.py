@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from octavo.chat.deltas import Delta, ParsedMessage, ReasoningDelta, TextDelta, ToolCall, ToolCallDelta
 from octavo.chat.parser import ChatParser
-from octavo.chat.plan import ChatPlan, plan_chat
+from octavo.chat.plan import ChatPlan, ChatSketch, plan_chat, sketch_chat
 from octavo.chat.response_format import response_format
 from octavo.chat.schemas import closed
 
 __all__ = [
     "ChatParser",
     "ChatPlan",
+    "ChatSketch",
     "Delta",
     "ParsedMessage",
     "ReasoningDelta",
@@ -33,4 +34,5 @@ __all__ = [
     "closed",
     "plan_chat",
     "response_format",
+    "sketch_chat",
 ]

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from octavo.chat.answer import Answer, Thoughts
-from octavo.chat.formats import ToolFormat, tool_format
+from octavo.chat.formats import tool_format
 from octavo.chat.history import tell_of_schema, without_system
 from octavo.chat.lark import special_token
 from octavo.chat.parser import ChatParser
 from octavo.chat.stages import Stage
-from octavo.chat.tools import check_choice, check_tools, unsupported
-from octavo.chat_template import check_messages
+from octavo.chat.tools import Reason, check_choice, check_tools, schema_reason, unsupported
+from octavo.chat_template import check_messages, render_chat
 from octavo.errors import RequestError
 from octavo.sampling_params import SamplingParams
 from octavo.tokenizer import Tokenizer
@@ -36,7 +36,76 @@ class ChatPlan:
         return ChatParser(self._first(), self._unwanted)
 
 
+@dataclass(frozen=True)
+class ChatSketch:
+    """A chat of which all is known but the prompt."""
+
+    chats: list[list[dict[str, Any]]]
+    """What to render: the second, if there is one, where the template does not accept the messages of the first."""
+    template: str
+    tools: list[dict[str, Any]] | None
+    """For the template."""
+    variables: Mapping[str, Any]
+    _tokenizer: Tokenizer
+    _params: SamplingParams
+    _answer: Answer
+    _offered: bool
+
+    def render(self) -> str:
+        """The prompt's text. Raises `RequestError`."""
+        first, *others = self.chats
+        try:
+            return render_chat(**self.arguments(first))
+        except RequestError as error:
+            if error.field != "messages" or not others:
+                raise
+            return render_chat(**self.arguments(others[0]))
+
+    def arguments(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+        """Those of `render_chat`, as plain data."""
+        rest = dict(self.variables)
+        ends = {"add_generation_prompt": True, "continue_final_message": False}
+        given = {name: rest.pop(name, value) for name, value in ends.items()}
+        variables = {**self._tokenizer.named_special_tokens, **rest}
+        return {"template": self.template, "messages": messages, "tools": self.tools, "variables": variables, **given}
+
+    def plan(self, text: str) -> ChatPlan:
+        """With the text that was rendered. Raises `RequestError`."""
+        tokenizer, params, answer = self._tokenizer, self._params, self._answer
+        thoughts = Thoughts.of(self.template, text)
+        grammar = answer.grammar(tokenizer, thoughts)
+        if grammar is not None and params.structured_outputs is not None:
+            message = "structured_outputs cannot be combined with tools or a JSON schema"
+            raise RequestError(message, "structured_outputs")
+        changes: dict[str, Any] = {} if grammar is None else {"structured_outputs": grammar}
+        marks = {
+            mark
+            for mark in (*(answer.form.marks if self._offered else ()), *thoughts.marks)
+            if special_token(tokenizer, mark) is not None
+        }
+        unwanted = frozenset[str]()
+        if marks and params.skip_special_tokens:
+            changes["skip_special_tokens"] = False
+            texts = {tokenizer.backend.id_to_token(token) or "" for token in tokenizer.special_ids}
+            unwanted = frozenset(texts - marks - {""})
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        return ChatPlan(
+            {"prompt": text, "prompt_token_ids": ids},
+            replace(params, **changes),
+            lambda: thoughts.stage(answer.stage),
+            unwanted,
+        )
+
+
 def plan_chat(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], params: SamplingParams, **options: Any
+) -> ChatPlan:
+    """Prepare one answer of the assistant. `options` are those of `sketch_chat`, which says what is raised."""
+    sketch = sketch_chat(tokenizer, messages, params, **options)
+    return sketch.plan(sketch.render())
+
+
+def sketch_chat(
     tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],
     params: SamplingParams,
@@ -48,8 +117,9 @@ def plan_chat(
     json_object: bool = False,
     chat_template: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> ChatPlan:
-    """Prepare one answer of the assistant.
+    reason: Reason = schema_reason,
+) -> ChatSketch:
+    """`plan_chat` up to where the template is rendered.
 
     Args:
         messages: OpenAI's form: role, content, tool_calls [{"id", "type", "function": {"name", "arguments": JSON text
@@ -64,6 +134,7 @@ def plan_chat(
             it too, in the system message: names and descriptions say what is wanted.
         json_object: the content is any JSON object.
         chat_template, chat_template_kwargs: as for `Tokenizer.apply_chat_template`.
+        reason: who is asked whether a schema can be a grammar.
 
     Raises:
         RequestError: with field "messages", "tools", "tool_choice", "parallel_tool_calls", "json_schema",
@@ -73,69 +144,34 @@ def plan_chat(
     if parallel_tool_calls not in (None, False, True):
         message = f"parallel_tool_calls must be True, False or None, not {parallel_tool_calls!r}"
         raise RequestError(message, "parallel_tool_calls")
-    known = check_tools(tools)
+    known = check_tools(tools, reason)
     choice = check_choice(tool_choice, known)
-    schema = _schema(json_schema, json_object)
+    schema = _schema(json_schema, json_object, reason)
     offered = list(tools or ()) if choice != "none" else []
     source = tokenizer.template_source(chat_template, tools=bool(offered))
     form = tool_format(source)
-    text = _render(tokenizer, form, source, messages, offered, json_schema, chat_template_kwargs)
-    thoughts = Thoughts.of(source, text)
+    chats = [form.messages(check_messages(messages), offered)]
+    if json_schema is not None:
+        chats = [tell_of_schema(chats[0], json_schema)]
+    if json_schema is not None or (offered and not form.shows_tools):  # then the system message may be ours alone
+        chats.append(without_system(chats[0]))
+    shown = [_shown(tool) for tool in offered] if form.shows_tools and offered else None
     parallel = form.shows_tools if parallel_tool_calls is None else parallel_tool_calls
     answer = Answer(form, known if offered else [], choice, parallel, schema)
-    grammar = answer.grammar(tokenizer, thoughts)
-    if grammar is not None and params.structured_outputs is not None:
-        raise RequestError("structured_outputs cannot be combined with tools or a JSON schema", "structured_outputs")
-    changes: dict[str, Any] = {} if grammar is None else {"structured_outputs": grammar}
-    marks = {
-        mark
-        for mark in (*(form.marks if offered else ()), *thoughts.marks)
-        if special_token(tokenizer, mark) is not None
-    }
-    unwanted = frozenset[str]()
-    if marks and params.skip_special_tokens:
-        changes["skip_special_tokens"] = False
-        texts = {tokenizer.backend.id_to_token(token) or "" for token in tokenizer.special_ids}
-        unwanted = frozenset(texts - marks - {""})
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    return ChatPlan(
-        {"prompt": text, "prompt_token_ids": ids},
-        replace(params, **changes),
-        lambda: thoughts.stage(answer.stage),
-        unwanted,
-    )
+    return ChatSketch(chats, source, shown, chat_template_kwargs or {}, tokenizer, params, answer, bool(offered))
 
 
-def _schema(schema: object, json_object: bool) -> Mapping[str, Any] | None:
+def _schema(schema: object, json_object: bool, reason: Reason) -> Mapping[str, Any] | None:
     if schema is None:
         return {"type": "object"} if json_object else None
     if json_object:
         raise RequestError("json_schema and json_object exclude each other: give one", "json_schema")
     if not isinstance(schema, Mapping):
         raise RequestError(f"json_schema must be a dict, not {type(schema).__name__}", "json_schema")
-    reason = unsupported(schema)
-    if reason:
-        raise RequestError(f"json_schema is not supported: {reason}", "json_schema")
+    why = unsupported(schema, reason)
+    if why:
+        raise RequestError(f"json_schema is not supported: {why}", "json_schema")
     return schema
-
-
-def _render(
-    tokenizer: Tokenizer, form: ToolFormat, source: str, messages: Any, tools: Sequence[Mapping[str, Any]],
-    json_schema: Mapping[str, Any] | None, kwargs: Any,
-) -> str:  # fmt: skip
-    shaped = form.messages(check_messages(messages), tools)
-    if json_schema is not None:
-        shaped = tell_of_schema(shaped, json_schema)
-    shown = [_shown(tool) for tool in tools] if form.shows_tools and tools else None
-    try:
-        return tokenizer.apply_chat_template(shaped, tools=shown, chat_template=source, **(kwargs or {}))
-    except RequestError as error:
-        told = json_schema is not None or (tools and not form.shows_tools)  # then the system message may be ours alone
-        if error.field != "messages" or not told:
-            raise
-        return tokenizer.apply_chat_template(
-            without_system(shaped), tools=shown, chat_template=source, **(kwargs or {})
-        )
 
 
 def _shown(tool: Mapping[str, Any]) -> dict[str, Any]:

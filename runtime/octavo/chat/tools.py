@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,6 +15,10 @@ _NAME = re.compile(r"[^\s\"\\{}\[\]<>]{1,256}")
 _COMBINE = ("$ref", "allOf", "anyOf", "oneOf", "if", "not", "patternProperties", "dependentSchemas")
 
 
+Reason = Callable[[str], str]
+"""Tells of a JSON schema, as text, why no grammar can be made of it; empty if one can."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tool:
     """A tool that the model may call. `arguments`: the JSON schema of what it is given, always of an object."""
@@ -23,15 +27,29 @@ class Tool:
     arguments: Mapping[str, Any]
 
 
-def check_tools(tools: object) -> list[Tool]:
-    """The tools of OpenAI's form, or a `RequestError` with field "tools" that names the first bad one."""
+@lru_cache(maxsize=256)
+def schema_reason(schema: str) -> str:
+    """A `Reason`: what the library says of it, in this process."""
+    from llguidance import LLMatcher
+
+    try:
+        source = LLMatcher.grammar_from_json_schema(schema)
+    except ValueError as error:
+        return str(error)[:300]
+    failed, messages = LLMatcher.validate_grammar_with_warnings(source)
+    return messages[0].strip().split("\n\n")[0][:300] if failed else ""
+
+
+def check_tools(tools: object, reason: Reason = schema_reason) -> list[Tool]:
+    """The tools of OpenAI's form, or a `RequestError` with field "tools" that names the first bad one. `reason`: who
+    is asked about their schemas."""
     if tools is None:
         return []
     if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Sequence):
         raise RequestError('tools must be a list of {"type": "function", "function": {...}}', "tools")
     checked: dict[str, Tool] = {}
     for index, tool in enumerate(tools):
-        one = _check_tool(tool, f"tools[{index}]")
+        one = _check_tool(tool, f"tools[{index}]", reason)
         if one.name in checked:
             raise RequestError(f"tools[{index}]: another tool has the name {one.name!r} too", "tools")
         checked[one.name] = one
@@ -54,7 +72,7 @@ def check_choice(choice: object, tools: Sequence[Tool]) -> str:
     return choice
 
 
-def _check_tool(tool: object, place: str) -> Tool:
+def _check_tool(tool: object, place: str, reason: Reason) -> Tool:
     function = tool.get("function") if isinstance(tool, Mapping) else None
     if not isinstance(tool, Mapping) or tool.get("type", "function") != "function" or not isinstance(function, Mapping):
         raise RequestError(f'{place} must be {{"type": "function", "function": {{"name": ...}}}}', "tools")
@@ -68,9 +86,9 @@ def _check_tool(tool: object, place: str) -> Tool:
     if description is not None and not isinstance(description, str):
         raise RequestError(f"{place}: the description must be a string, not {type(description).__name__}", "tools")
     schema = _check_parameters(function.get("parameters"), place)
-    reason = unsupported(schema)
-    if reason:
-        raise RequestError(f"{place}: the parameters are not supported: {reason}", "tools")
+    why = unsupported(schema, reason)
+    if why:
+        raise RequestError(f"{place}: the parameters are not supported: {why}", "tools")
     return Tool(name, schema)
 
 
@@ -89,17 +107,10 @@ def _check_parameters(parameters: object, place: str) -> dict[str, Any]:
     return schema
 
 
-def unsupported(schema: Mapping[str, Any]) -> str:
+def unsupported(schema: Mapping[str, Any], reason: Reason = schema_reason) -> str:
     """Why a grammar cannot be made of a schema; empty if one can."""
     try:
-        return _reason(json_grammar(schema))
+        text = json_grammar(schema)
     except (TypeError, ValueError, RecursionError) as error:
         return f"they are no JSON: {str(error)[:200]}"
-
-
-@lru_cache(maxsize=256)
-def _reason(schema: str) -> str:
-    from llguidance import LLMatcher
-
-    failed, messages = LLMatcher.validate_grammar_with_warnings(LLMatcher.grammar_from_json_schema(schema))
-    return messages[0].strip().split("\n\n")[0][:300] if failed else ""
+    return reason(text)

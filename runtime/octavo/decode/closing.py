@@ -67,6 +67,10 @@ class WaysOut:
             way += step
         return way
 
+    def first(self, mask: np.ndarray) -> int | None:
+        """The token of a mask that leads to an end soonest, by what it looks like."""
+        return self._choose(mask, [], np.zeros_like(self._ranks))
+
     def in_text(self, mask: np.ndarray) -> bool:
         """Both braces may come next, so they mean nothing: in a string without a pattern, or outside JSON."""
         return all(_allows(mask, brace) for brace in self._braces)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
 
     from octavo.tokenizer import Tokenizer
 
-KEPT = 256
-"""Compiled grammars that an engine keeps."""
+KEPT, KEPT_SOURCE, KEPT_SECONDS = 256, 4 << 20, 10.0
+"""Compiled grammars that an engine keeps: so many, of so many characters, that took so many seconds to compile. The
+last two stand for memory, which the library does not tell: up to 85 bytes a character and 40 MB a second, by hand."""
+_TRIED = 16
+"""Steps that are tried."""
 _LEAST_JUMP = 8
 _LOST = 16
 """Tokens to wait before a way is looked for again where none was found."""
@@ -69,9 +73,21 @@ class Grammars:
         grammar = Grammar(params, library, ways, self._ends)
         with self._lock:
             self._kept[params] = grammar
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
+            self._drop()
         return grammar
+
+    def _drop(self) -> None:
+        """Those that were used longest ago, until the rest is within bounds. One may be beyond them alone."""
+        kept = self._kept.values()
+        size, seconds = sum(one.size for one in kept), sum(one.seconds for one in kept)
+        while len(self._kept) > 1 and (len(self._kept) > KEPT or size > KEPT_SOURCE or seconds > KEPT_SECONDS):
+            _, gone = self._kept.popitem(last=False)
+            size, seconds = size - gone.size, seconds - gone.seconds
+
+    def warm(self) -> None:
+        """Make what all grammars share."""
+        with self._starting:
+            _ = self._library, self._ways
 
     @cached_property
     def _library(self) -> LLTokenizer:
@@ -106,13 +122,29 @@ class Grammar:
     def __init__(
         self, params: StructuredOutputsParams, library: LLTokenizer, ways: WaysOut, ends: Sequence[int]
     ) -> None:
-        self._library, self.ways = library, ways
+        self._library, self.ways, self._ends = library, ways, frozenset(ends)
+        began = time.thread_time()
         source = _source(params)
+        self.size = len(source)
         self._first = self._matcher(source)
         if self._first.is_error():
             raise RequestError(f"the grammar is not supported: {self._reason(self._first)}", "structured_outputs")
         self.jump = max([_LEAST_JUMP, *self._costs(_schemas(params))])
         self.ends = ways.mask_of(ends)
+        self.seconds = time.thread_time() - began
+
+    def try_out(self) -> None:
+        """Go some steps of the shortest way that is known to an end, as an engine would: what the library puts off
+        until it is asked is done here. Raises `RequestError` where it fails."""
+        constraint, left = self.start(), _TRIED
+        try:
+            while left:
+                token = self.ways.first(constraint.allowed(left))
+                if token is None or token in self._ends or constraint.accept(token):
+                    return
+                left -= 1
+        except RequestFailedError as error:
+            raise RequestError(str(error), "structured_outputs") from error
 
     def start(self) -> Constraint:
         return Constraint(self, self._first.deep_copy())
@@ -124,7 +156,7 @@ class Grammar:
 
     @staticmethod
     def _reason(matcher: LLMatcher) -> str:
-        return str(matcher.get_error()).strip().split("\n\n")[0][:500]
+        return str(matcher.get_error()).replace("<non-verbose/>", "").strip().split("\n\n")[0][:500]
 
     def _costs(self, schemas: Iterator[Mapping[str, Any]]) -> Iterator[int]:
         """Tokens of the shortest value of each part of the schemas, with its key."""
@@ -207,7 +239,10 @@ def _source(params: StructuredOutputsParams) -> str:
     if params.json_object:
         return str(LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=_JSON))
     if params.json is not None:
-        return str(LLMatcher.grammar_from_json_schema(str(params.json), overrides=_JSON))
+        try:
+            return str(LLMatcher.grammar_from_json_schema(str(params.json), overrides=_JSON))
+        except ValueError as error:  # nested too deeply
+            raise RequestError(f"the schema cannot be read: {str(error)[:300]}", "structured_outputs") from error
     if params.regex is not None:
         return str(LLMatcher.grammar_from_regex(params.regex))
     if params.choice is not None:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from octavo.structured_outputs import StructuredOutputsParams
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
@@ -67,6 +69,22 @@ class Core(Protocol):
         """Advance what runs. An error of one request is that request's last event; what is raised ends the engine."""
 
     def stats(self) -> EngineStats: ...
+
+
+class Compiled(Protocol):
+    """A grammar. `start`: what a request is constrained by, for one output."""
+
+    def start(self) -> Any: ...
+
+
+class Compiler(Protocol):
+    """What callers ask for grammars."""
+
+    def known(self, params: StructuredOutputsParams) -> bool:
+        """`compile` will not take time."""
+
+    def compile(self, params: StructuredOutputsParams) -> Compiled:
+        """Blocks. Raises `RequestError` with the field "structured_outputs"."""
 
 
 class Service(Protocol):

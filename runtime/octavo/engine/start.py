@@ -13,7 +13,7 @@ from importlib import import_module
 
 from octavo.config import EngineConfig
 from octavo.decode.grammar import Grammars
-from octavo.engine.contract import Core, Service
+from octavo.engine.contract import Compiler, Core, Service
 from octavo.engine.service import EngineService
 from octavo.errors import RequestError
 from octavo.models.config import ModelConfig, load_config
@@ -65,7 +65,7 @@ class Engine:
     tokenizer: Tokenizer
     service: Service
     limits: Limits
-    grammars: Grammars
+    grammars: Compiler
     seconds_to_ready: float
     scheme: Scheme | None = None
     """Of an encoder-decoder: how it is told what to do."""

@@ -35,6 +35,7 @@ from octavo.models.download import (
     reachable,
 )
 from octavo.models.encoder_config import ENCODERS, MODULE_FOLDER
+from octavo.models.folder import check_folder
 from octavo.models.sources import ModelFiles, Request
 
 _ID = re.compile(r"[\w][\w.-]{0,95}(?:/[\w][\w.-]{0,95})?")
@@ -138,6 +139,7 @@ def find_cached(request: Request) -> ModelFiles | None:
     snapshot = root / "snapshots" / commit
     if not _COMMIT.fullmatch(commit) or not snapshot.is_dir():
         return None
+    check_folder(snapshot)
     if gguf is not None:
         return (
             ModelFiles(request.model, snapshot / gguf, "gguf", "huggingface") if (snapshot / gguf).is_file() else None

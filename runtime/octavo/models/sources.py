@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from octavo.errors import ModelFileError, ModelNotFoundError
+from octavo.models.folder import check_folder
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The model used when none is named: 135M parameters, Apache-2.0, small enough for any laptop."""
@@ -78,6 +79,8 @@ class LocalSource:
         path = Path(request.model).expanduser()
         if not path.exists():
             raise ModelNotFoundError(f"{request.model!r} looks like a path, but nothing is there")
+        if path.is_dir():
+            check_folder(path)
         return files_at(path, request.model, self.name)
 
 

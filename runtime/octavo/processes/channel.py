@@ -41,6 +41,11 @@ class Channel:
         os.set_inheritable(descriptor, False)
         return cls(socket.socket(fileno=descriptor))
 
+    def fileno(self) -> int:
+        """For whoever waits for several things at once: readable when something came. A message may be here already,
+        so receive until there is none."""
+        return self._socket.fileno()
+
     def send(self, message: bytes) -> None:
         """Blocks while the other end does not read. Raises `ChannelClosedError`."""
         if len(message) > LONGEST:

@@ -89,8 +89,10 @@ async def respond(
         loaded = await stack.enter_async_context(server.models.use(model))
         loaded.check_generates()
         answer = await prepare(loaded)
-        watch = server.observer.begin(endpoint, loaded.name, call.id, call.request.headers)
         try:
+            if answer.params.structured_outputs is not None:
+                await loaded.verdicts.approve(answer.params.structured_outputs)
+            watch = server.observer.begin(endpoint, loaded.name, call.id, call.request.headers)
             run = await Run.start(
                 loaded.llm, answer.prompts, answer.params, priority=priority, special=answer.special, stream=stream,
                 size=answer.size, watch=watch,

@@ -12,6 +12,9 @@ from octavo.server.protocol.chat import Message
 
 _NOT_VARIABLES = ("messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "self")
 
+TEMPLATE_CHARACTERS = 1 << 18
+"""Of a template that comes in a request: ten times as many as the longest that models have."""
+
 
 class Rendered(Protocol):
     """The fields of a request that a template reads."""
@@ -40,10 +43,12 @@ def _texts(message: dict[str, Any]) -> list[str]:
 
 
 def check_template(call: Call, template: str | None) -> None:
-    """Raises `ApiError` for a template where the operator allows none."""
+    """Raises `ApiError` for a template where the operator allows none, or for one that is too long."""
     if template is not None and not call.server.settings.allow_request_templates:
         message = "this server takes no templates from requests (it can be started with --allow-request-templates)"
         raise refused(message, "chat_template")
+    if template is not None and len(template) > TEMPLATE_CHARACTERS:
+        raise refused(f"a template may have {TEMPLATE_CHARACTERS} characters at most", "chat_template")
 
 
 def template_variables(body: Rendered) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from octavo.engine.child.placement import InChild
 from octavo.engine.child.service import ChildService
 from octavo.errors import ConfigError, OctavoError
 from octavo.models.encoder_config import EncoderConfig
+from octavo.processes.guard import Guard
+from octavo.processes.guarded import GuardedGrammars, Verdicts
 from octavo.server.errors import ApiError, refused
 from octavo.server.prompts import TextBound
 
@@ -54,6 +56,8 @@ class Loaded:
     bound: TextBound
     bytes: int
     """Of its weights and its cache, about."""
+    guard: Guard
+    _verdicts: Verdicts | None
     users: int = 0
     last_used: float = field(default_factory=time.monotonic)
 
@@ -74,6 +78,18 @@ class Loaded:
         return service.restarts if isinstance(service, ChildService) else 0
 
     @property
+    def verdicts(self) -> Verdicts:
+        """On grammars, for a model that makes text."""
+        assert self._verdicts is not None
+        return self._verdicts
+
+    async def aclose(self) -> None:
+        """Let go of it."""
+        if self._verdicts is not None:
+            self._verdicts.close()
+        await self.llm.aclose()
+
+    @property
     def embeds(self) -> bool:
         return isinstance(self.llm.engine.shape, EncoderConfig)
 
@@ -89,7 +105,9 @@ class Loaded:
 
 
 class Models:
-    """`memory`: bytes for all models together; None lets all of them stay. For one event loop."""
+    """`memory`: bytes for all models together; None lets all of them stay. For one event loop.
+
+    `guard`: what stands between them and what clients send; one for all."""
 
     def __init__(self, served: Sequence[Served], *, memory: int | None = None, load: Load = load) -> None:
         """Raises `ConfigError` for two models of one name."""
@@ -102,6 +120,7 @@ class Models:
             raise ConfigError("there is no model to serve", "model")
         self.all = tuple(served)
         self._memory, self._load = memory, load
+        self.guard = Guard()
         self._loaded: dict[Served, Loaded] = {}
         self._loading: dict[Served, asyncio.Task[Loaded]] = {}
         self._created = int(time.time())
@@ -189,11 +208,14 @@ class Models:
         async with self._changing:  # one after the other: memory is counted between two
             broken = self._loaded.pop(served, None)
             if broken is not None:
-                await broken.llm.aclose()
+                await broken.aclose()
             await self._make_room()
             llm = await asyncio.to_thread(self._load, served.config)
             bound = await asyncio.to_thread(TextBound, llm.tokenizer, llm.engine.limits.max_model_len)
-            loaded = self._loaded[served] = Loaded(served, llm, bound, _bytes(llm))
+            verdicts = await asyncio.to_thread(_verdicts, self.guard, llm)
+            if verdicts is not None:  # the engine's process compiles by itself what is approved
+                llm.engine.grammars = GuardedGrammars(verdicts)
+            loaded = self._loaded[served] = Loaded(served, llm, bound, _bytes(llm), self.guard, verdicts)
             await self._make_room(keep=loaded)
             return loaded
 
@@ -207,7 +229,7 @@ class Models:
                 return
             oldest = min(idle, key=lambda one: one.last_used)
             del self._loaded[oldest.served]
-            await oldest.llm.aclose()
+            await oldest.aclose()
 
     async def close(self) -> None:
         """End all of them."""
@@ -215,7 +237,17 @@ class Models:
             task.cancel()
         loaded, self._loaded = list(self._loaded.values()), {}
         for one in loaded:
-            await one.llm.aclose()
+            await one.aclose()
+        await asyncio.to_thread(self.guard.close)
+
+
+def _verdicts(guard: Guard, llm: AsyncLLM) -> Verdicts | None:
+    """The guard is told of the model at once: its first grammar need not wait."""
+    shape = llm.engine.shape
+    if isinstance(shape, EncoderConfig):
+        return None
+    ends = (*shape.eos_token_ids, *llm.tokenizer.eos_token_ids)
+    return Verdicts(guard, llm.tokenizer, llm.engine.limits.vocab_size, ends)
 
 
 def _bytes(llm: AsyncLLM) -> int:

@@ -7,12 +7,12 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from octavo.chat import plan_chat
 from octavo.sampling_params import SamplingParams
 from octavo.server.call import Call
 from octavo.server.errors import refused
 from octavo.server.messages import chat_messages, check_template, template_variables
 from octavo.server.models import Loaded
+from octavo.server.planning import planned
 from octavo.server.prompts import off_loop
 from octavo.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
 
@@ -42,22 +42,14 @@ async def _of_text(loaded: Loaded, body: TokenizeRequest) -> list[int]:
 
 async def _of_chat(call: Call, loaded: Loaded, body: TokenizeRequest) -> list[int]:
     check_template(call, body.chat_template)
+    loaded.check_generates()
     messages, size = chat_messages(body.messages or [])
-    loaded.bound.check_size(size, "messages")
     tools = None if body.tools is None else [tool.model_dump(exclude_none=True) for tool in body.tools]
-    variables = template_variables(body)
-
-    def ids() -> list[int]:
-        tokenizer = loaded.llm.tokenizer
-        prompt = plan_chat(
-            tokenizer, messages, SamplingParams(), tools=tools, chat_template=body.chat_template,
-            chat_template_kwargs=variables,
-        ).prompt  # fmt: skip
-        if body.add_special_tokens:
-            return tokenizer.encode(prompt["prompt"])
-        return list(prompt["prompt_token_ids"])
-
-    return await off_loop(1 << 30, ids)
+    plan = await planned(
+        loaded, messages, size, SamplingParams(), tools=tools, variables=template_variables(body),
+        template=body.chat_template, special=bool(body.add_special_tokens),
+    )  # fmt: skip
+    return list(plan.prompt["prompt_token_ids"])
 
 
 async def detokenize(request: Request) -> Response:

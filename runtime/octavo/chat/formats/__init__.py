@@ -11,13 +11,14 @@ from octavo.chat.formats.llama import TAG, Llama
 from octavo.chat.formats.mistral import BEGIN, Mistral
 
 _NO_JSON = ("<function=", "<arg_key>")
-_READS_TOOLS = re.compile(r"\{[{%][^}%]*\btools\b")
+_PIECES = re.compile(r"\{%|[}%]")
+_TOOLS = re.compile(r"\btools\b")
 
 
 def tool_format(template: str) -> ToolFormat:
     """By the template's source: whether it reads `tools`, and the marks that it writes. Calls that are no JSON are not
     supported; such a template gets the generic format, which does without its tools section."""
-    if not _READS_TOOLS.search(template):
+    if not _reads_tools(template):
         return Generic()
     if BEGIN in template:
         return Mistral(template)
@@ -26,3 +27,17 @@ def tool_format(template: str) -> ToolFormat:
     if TAG in template or ("ipython" in template and '"parameters": ' in template):
         return Llama()
     return Generic()
+
+
+def _reads_tools(template: str) -> bool:
+    """`tools` stands after "{{" or "{%", with neither "}" nor "%" between. In time that grows as the source does: it
+    may be a client's."""
+    opened, place = False, 0
+    for mark in (*_PIECES.finditer(template), None):
+        piece = template[place : len(template) if mark is None else mark.start()]
+        begin = 0 if opened else piece.find("{{")
+        if begin >= 0 and _TOOLS.search(piece, begin):
+            return True
+        if mark is not None:
+            opened, place = mark.group() == "{%", mark.end()
+    return False
