@@ -6,6 +6,7 @@ import os
 import signal
 import time
 
+import torch
 from octavo.engine.child import program
 from octavo.engine.core import EngineCore
 from octavo.engine.draft import Draft
@@ -25,7 +26,9 @@ def launch(self: EngineCore, draft: Draft) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if HANGS in ids:
             time.sleep(3600)
-        if LOSES in ids:
+        if LOSES in ids and torch.cuda.is_available():
+            torch.zeros(4, device="cuda")[torch.full((1,), 1 << 20, device="cuda")]  # a kernel fails, a little later
+        elif LOSES in ids:
             self._is_lost = lambda: True
             return self._blame(draft, RuntimeError("CUDA error: an illegal memory access was encountered"))
     return _launch(self, draft)
