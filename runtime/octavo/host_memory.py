@@ -16,7 +16,7 @@ import gc
 import mmap
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, suppress, suppress
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -72,7 +72,8 @@ def give_back_memory() -> None:
         gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # a device that is lost gives nothing back before the process ends
+            torch.cuda.empty_cache()
 
 
 def zero_pages(size: int, *, large: bool) -> torch.Tensor:
