@@ -61,7 +61,7 @@ class ChatAnswer:
             loaded, messages, size, params, choice=choice.function.name if isinstance(choice, NamedTool) else choice,
             tools=None if body.tools is None else [tool.model_dump(exclude_none=True) for tool in body.tools],
             parallel=body.parallel_tool_calls,
-            form=None if body.response_format is None else body.response_format.model_dump(by_alias=True),
+            response_format=None if body.response_format is None else body.response_format.model_dump(by_alias=True),
             variables=with_effort(template_variables(body), body.reasoning_effort, source, "reasoning_effort"),
             template=body.chat_template, keep=body.truncate_prompt_tokens, special=bool(body.add_special_tokens),
         )  # fmt: skip

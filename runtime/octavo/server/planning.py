@@ -19,6 +19,7 @@ from octavo.sampling_params import SamplingParams
 from octavo.server.errors import refused
 from octavo.server.models import Loaded
 from octavo.server.prompts import off_loop, truncated
+from octavo.structured_outputs import StructuredOutputsParams
 
 _ALWAYS_APART = 1 << 30
 """What makes a grammar goes to a thread, however short."""
@@ -33,13 +34,13 @@ _WHY = {
 async def planned(
     loaded: Loaded, messages: Sequence[Mapping[str, Any]], size: int, params: SamplingParams, *,
     tools: Sequence[Mapping[str, Any]] | None, choice: str = "auto", parallel: bool | None = None,
-    form: Mapping[str, Any] | None = None, variables: Mapping[str, Any], template: str | None = None,
+    response_format: Mapping[str, Any] | None = None, variables: Mapping[str, Any], template: str | None = None,
     keep: int | None = None, special: bool = False,
 ) -> ChatPlan:  # fmt: skip
     """A plan for `messages` of `size` characters.
 
     Args:
-        form: OpenAI's `response_format`.
+        response_format: OpenAI's.
         template: one that came with the request.
         keep: tokens of the prompt's end that are kept, of all.
         special: add special tokens as for a plain text; a template has written its own.
@@ -51,7 +52,7 @@ async def planned(
     tokenizer = loaded.llm.tokenizer
     loaded.bound.check_size(size, "messages")
     loaded.bound.check_size(len(str(tools or "")), "tools")
-    shape = as_plan(form)
+    shape = as_plan(response_format)
     met: list[str] = []
 
     def sketch(reason: Reason) -> ChatSketch:
@@ -81,8 +82,9 @@ async def planned(
             sketched = await asyncio.to_thread(sketch, meet)
             text = await _rendered(loaded.guard, sketched, loaded.bound.bytes)
             found = await asyncio.to_thread(plan, sketched, text)
-        field = "structured_outputs" if params.structured_outputs else "tools" if tools else "response_format"
-        await _approve(loaded, found, met, sketch, field)
+        form = found.params.structured_outputs
+        made = None if form is params.structured_outputs else form  # the caller's own is looked at by `respond`
+        await _approve(loaded, made, met, sketch, "tools" if tools else "response_format")
         return found
     except RequestError as error:
         if error.field in ("json_schema", "json_object"):
@@ -91,11 +93,11 @@ async def planned(
 
 
 async def _approve(
-    loaded: Loaded, plan: ChatPlan, schemas: Sequence[str], sketch: Callable[[Reason], ChatSketch], field: str
-) -> None:
+    loaded: Loaded, form: StructuredOutputsParams | None, schemas: Sequence[str],
+    sketch: Callable[[Reason], ChatSketch], field: str,
+) -> None:  # fmt: skip
     """Raises `RequestError` with this field if there can be no such grammar, or with what is said of one of the
     schemas, if one has a fault of its own."""
-    form = plan.params.structured_outputs
     try:
         if form is not None:
             return await loaded.verdicts.approve(form)

@@ -73,7 +73,7 @@ class ResponseAnswer:
         plan = await planned(
             loaded, messages, sum(len(str(message)) for message in messages), params, tools=tools,
             choice=choice.name if isinstance(choice, NamedTool) else choice, parallel=body.parallel_tool_calls,
-            form=_form(body), variables=with_effort(template_variables(body), effort, source, "reasoning"),
+            response_format=_form(body), variables=with_effort(template_variables(body), effort, source, "reasoning"),
             keep=body.truncate_prompt_tokens,
         )  # fmt: skip
         return cls(call, body, loaded, plan)
