@@ -1,4 +1,5 @@
-"""The program of an engine's process that some prompts end or stop. Started by `test_child_poison.py` in its place."""
+"""The program of an engine's process that some prompts end, stop or make raise. Started in its place by
+`test_child_poison.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from octavo.engine.child import program
 from octavo.engine.core import EngineCore
 from octavo.engine.draft import Draft
 
-DIES, HANGS, DIES_LATE, LOSES = 299, 298, 297, 296
+DIES, HANGS, DIES_LATE, LOSES, RAISES = 299, 298, 297, 296, 295
 """Tokens of a prompt."""
 LATE = 7
 """Outputs of so many tokens come of a prompt with the last of them."""
@@ -26,6 +27,8 @@ def launch(self: EngineCore, draft: Draft) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if HANGS in ids:
             time.sleep(3600)
+        if RAISES in ids:
+            return self._blame(draft, RuntimeError("shapes [1, 2] and [3] at /ours/model.py"))
         if LOSES in ids and torch.cuda.is_available():
             torch.zeros(4, device="cuda")[torch.full((1,), 1 << 20, device="cuda")]  # a kernel fails, a little later
         elif LOSES in ids:

@@ -6,15 +6,21 @@ import asyncio
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
-from child_helpers import child, essence, here, service_of
+from child_helpers import SETTINGS, child, essence, here, service_of
 from octavo import SamplingParams
+from octavo.async_llm import AsyncLLM
 from octavo.engine.child import processes, service
 from octavo.engine.child.placement import InChild
 from octavo.errors import EngineClosedError, RequestFailedError
-from poisoned_engine import DIES, DIES_LATE, HANGS, LATE, LOSES
+from octavo.server.app import create_app
+from octavo.server.models import Models, served_models
+from poisoned_engine import DIES, DIES_LATE, HANGS, LATE, LOSES, RAISES
+from serving_helpers import InProcess
 
 POISONED = InChild((sys.executable, str(Path(__file__).with_name("poisoned_engine.py"))))
 FINE = [[5 + number, 9, 11 + number] for number in range(6)]
@@ -63,6 +69,31 @@ async def test_a_device_that_is_lost_takes_a_new_process_and_not_the_others(tiny
         *found, failed = await llm.generate([*FINE, [LOSES]], PARAMS, return_exceptions=True)
         assert isinstance(failed, RequestFailedError)
         assert [essence(output) for output in found] == wanted
+
+
+def test_over_http_each_fails_alone_with_its_id_and_nothing_of_ours(tiny_model: Path) -> None:
+    served = served_models([str(tiny_model)], ["tiny"], SETTINGS)
+    running = InProcess(create_app(Models(served, load=lambda config: AsyncLLM.of(config, POISONED))))
+    fine = {"model": "tiny", "prompt": FINE, "max_tokens": 200, "ignore_eos": True, "seed": 4}
+    try:
+        with ThreadPoolExecutor(3) as threads:
+
+            def post(**changes: object) -> httpx.Response:
+                return httpx.post(f"{running.url}/v1/completions", json=fine | changes, timeout=120)
+
+            calm = [choice["text"] for choice in post().json()["choices"]]
+            beside = threads.submit(post)
+            replies = [future.result() for future in [threads.submit(post, prompt=[bad]) for bad in (RAISES, DIES)]]
+            assert [choice["text"] for choice in beside.result().json()["choices"]] == calm
+        for reply in replies:
+            assert reply.status_code == 500
+            error = reply.json()["error"]
+            assert reply.headers["X-Request-Id"] in error["message"]
+            assert "ours" not in reply.text
+            assert "shapes" not in reply.text
+        assert running.idle()
+    finally:
+        running.close()
 
 
 async def test_it_gives_up_where_no_process_comes_up(tiny_model: Path, tmp_path: Path) -> None:
