@@ -229,6 +229,8 @@ def test_a_grammar_that_fails_ends_its_request_alone(llm: LLM) -> None:
             raise RequestFailedError("too complex")
 
     class BreaksOnce:
+        size, seconds = 0, 0.0
+
         def start(self) -> Any:
             return Broken()
 
