@@ -19,10 +19,12 @@ SPINS = 2000
 """Turns of waiting before a thread sleeps: some 50 us. Threads that have a core each seldom wait so long."""
 LEAST_LOST = 8_000_000
 """Nanoseconds that must be lost before a thread is left out: two ticks of a scheduler with 250 a second."""
-COUNT, TURN = 192, 256  # bytes in a team's memory: each on a cache line of its own
-RESTING, TURNED, LOST, SINCE, LIMIT = 320, 328, 336, 344, 352
-"""On one line, which is written only when a thread sleeps, and by the caller: how many sleep; when the last turn for
-which some slept came; nanoseconds slept since `SINCE`; 1 if threads may be left out, else 0. Times are monotonic."""
+APART = 128
+"""Bytes between what different threads write: two cache lines, which processors fetch together."""
+COUNT, TURN = 3 * APART, 4 * APART  # bytes in a team's memory
+RESTING, TURNED, LOST, SINCE, LIMIT = (5 * APART + 8 * number for number in range(5))
+"""Together, as they are written only when a thread sleeps, and by the caller: how many sleep; when the last turn came
+for which some slept; nanoseconds slept since `SINCE`; 1 if threads may be left out, else 0. Times are monotonic."""
 _SYS_FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 0)
 WAIT, WAKE = 128 + 9, 128 + 10
 """FUTEX_WAIT_BITSET and FUTEX_WAKE_BITSET among the threads of one process."""
@@ -44,7 +46,7 @@ def word(code: Code, count: Value, threads: Value) -> Value:
 def meet(code: Code, memory: Value, threads: Value) -> Value:
     """Wait for all `threads`. Returns how many take part from here on; 0 if this thread does not."""
     b = code.b
-    turn_at, resting_at = code.at(memory, TURN), code.at(memory, RESTING)
+    turn_at = code.at(memory, TURN)
     turn = b.load_atomic(turn_at, "acquire", 8, typ=i64)
     before = b.atomic_rmw("add", code.at(memory, COUNT), ir.Constant(i64, 1), "acq_rel")
     is_last = b.icmp_signed("==", before, code.sub(threads, 1))
@@ -56,12 +58,12 @@ def meet(code: Code, memory: Value, threads: Value) -> Value:
     lost = b.load_atomic(code.at(memory, LOST), "monotonic", 8, typ=i64)
     with b.if_then(b.icmp_signed(">", lost, code.integer(LEAST_LOST)), likely=False):
         onwards.set(_fewer(code, memory, threads, lost))
-    with b.if_then(_some_rest(code, resting_at), likely=False):
-        code.store(now(code), memory, TURNED)
     b.atomic_rmw("xchg", code.at(memory, COUNT), ir.Constant(i64, 0), "monotonic")
     following = b.add(low(code, turn), ir.Constant(i32, 1))
     b.atomic_rmw("xchg", turn_at, word(code, following, onwards.get()), "seq_cst")
-    with b.if_then(_some_rest(code, resting_at), likely=False):
+    resting = b.load_atomic(code.at(memory, RESTING), "seq_cst", 4, typ=i32)
+    with b.if_then(b.icmp_signed(">", resting, ir.Constant(i32, 0)), likely=False):
+        code.store(now(code), memory, TURNED)
         futex(code, turn_at, WAKE, ir.Constant(i32, 2**31 - 1))
     b.branch(after)
 
@@ -71,18 +73,9 @@ def meet(code: Code, memory: Value, threads: Value) -> Value:
     b.position_at_end(after)
     found = b.load_atomic(turn_at, "acquire", 8, typ=i64)
     # one that was left out may come here when the others have met again
-    next_one = b.icmp_signed("==", low(code, found), following_of(code, turn))
+    next_one = b.icmp_signed("==", low(code, found), b.add(low(code, turn), ir.Constant(i32, 1)))
     stays = b.and_(next_one, b.icmp_signed(">", high(code, found), code.thread))
     return b.select(stays, high(code, found), code.integer(0))
-
-
-def following_of(code: Code, turn: Value) -> Value:
-    return code.b.add(low(code, turn), ir.Constant(i32, 1))
-
-
-def _some_rest(code: Code, resting_at: Value) -> Value:
-    resting = code.b.load_atomic(resting_at, "seq_cst", 4, typ=i32)
-    return code.b.icmp_signed(">", resting, ir.Constant(i32, 0))
 
 
 def _fewer(code: Code, memory: Value, threads: Value, lost: Value) -> Value:

@@ -25,10 +25,10 @@ RUN, LEAD, FOLLOW = "run_program", "lead", "follow"
 AWAKE = 40000
 """Turns of waiting for a program before a thread sleeps: 1 ms, more than passes between two steps of one request. Being
 woken from sleep each time cost that request 4 % of its tokens."""
-_POSTS, _SLEEPERS, _PROGRAM, _STEP = 0, 64, 128, 136
+_POSTS, _SLEEPERS, _PROGRAM, _STEP = 0, barrier.APART, 2 * barrier.APART, 2 * barrier.APART + 8
 """Bytes in a team's memory, before those of the barrier. The posts are a word as in `barrier`: how many there were, and
 how many threads the last one is for."""
-_MEMORY = 384
+_MEMORY = 6 * barrier.APART
 _EVERY = 2**31 - 1
 _BITS = 32  # of the set of members that a futex wakes: the last is of all who have none of their own
 
@@ -157,8 +157,8 @@ class Team:
     def __init__(self, library: Library, threads: int, *, yields: bool = False) -> None:
         self.threads = threads
         self._lead, follow = _CALL(library.address(LEAD)), _CALL(library.address(FOLLOW))
-        held = torch.zeros(_MEMORY // 8 + 8, dtype=torch.int64)
-        self._memory = held.data_ptr() + -held.data_ptr() % 64
+        held = torch.zeros(_MEMORY + barrier.APART, dtype=torch.uint8)
+        self._memory = held.data_ptr() + -held.data_ptr() % barrier.APART
         self._crowding = Crowding(self._memory, threads) if yields and threads > 1 else None
         members = [
             threading.Thread(target=follow, args=(self._memory, 0, n, threads), name=f"octavo-cpu-{n}", daemon=True)
