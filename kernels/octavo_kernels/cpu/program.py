@@ -2,8 +2,9 @@
 
 One call from Python runs a whole step of a model. `Team` owns the threads. Its members run no Python: they wait at a
 mailbox in memory, for a moment awake and then asleep (a futex), so a program never waits for the interpreter's lock.
-On 2 cores, 270 empty kernels (30 layers) take 0.05 ms, as many small additions by torch 0.33
-(`benchmarks/cpu_program.py`).
+On 2 cores, 270 empty kernels (30 layers) take 0.03 to 0.08 ms, by where the system puts the threads, as many small
+additions by torch 0.33 (`benchmarks/cpu_program.py`). Where other processes want the same cores, threads sleep at the
+barrier (`barrier.py`), and a team goes on with fewer (`crowding.py`): `benchmarks/crowded.py` says what that is worth.
 """
 
 from __future__ import annotations
