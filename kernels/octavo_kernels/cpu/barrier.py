@@ -13,10 +13,11 @@ import platform
 
 from llvmlite import ir
 
-from octavo_kernels.cpu.emit import Code, Value, i32, i64
+from octavo_kernels.cpu.emit import Code, Value, Variable, i32, i64
 
-SPINS = 2000
-"""Turns of waiting before a thread sleeps: some 50 us. Threads that have a core each seldom wait so long."""
+SPINS = 8000
+"""Turns of waiting before a thread sleeps: some 200 us. Threads that have a core each seldom wait so long: where work
+does not divide evenly, as the attention of 3 heads to a long text by 2 threads."""
 LEAST_LOST = 8_000_000
 """Nanoseconds that must be lost before a thread is left out: two ticks of a scheduler with 250 a second."""
 APART = 128
@@ -24,11 +25,11 @@ APART = 128
 COUNT, TURN = 3 * APART, 4 * APART  # bytes in a team's memory
 RESTING, TURNED, LOST, SINCE, LIMIT = (5 * APART + 8 * number for number in range(5))
 """Together, as they are written only when a thread sleeps, and by the caller: how many sleep; when the last turn came
-for which some slept; nanoseconds slept since `SINCE`; 1 if threads may be left out, else 0. Times are monotonic."""
+for which some slept; nanoseconds since `SINCE` in which those waited for one that had no core; 1 if threads may be left out, else 0. Times are monotonic."""
 _SYS_FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 0)
 WAIT, WAKE = 128 + 9, 128 + 10
 """FUTEX_WAIT_BITSET and FUTEX_WAKE_BITSET among the threads of one process."""
-_MONOTONIC = 1
+_MONOTONIC, _THREAD = 1, 3  # clocks: of all, and of what the calling thread has run
 
 
 def low(code: Code, word: Value) -> Value:
@@ -43,8 +44,14 @@ def word(code: Code, count: Value, threads: Value) -> Value:
     return code.b.or_(code.b.zext(count, i64), code.b.shl(threads, code.integer(32)))
 
 
-def meet(code: Code, memory: Value, threads: Value) -> Value:
-    """Wait for all `threads`. Returns how many take part from here on; 0 if this thread does not."""
+def without_core(code: Code) -> Value:
+    """Nanoseconds that the calling thread did not run, since some time or other."""
+    return code.sub(now(code), now(code, _THREAD))
+
+
+def meet(code: Code, memory: Value, threads: Value, rested: Variable) -> Value:
+    """Wait for all `threads`. Returns how many take part from here on; 0 if this thread does not. `rested`: what of
+    `without_core` is not to count as lost, as it waited for others."""
     b = code.b
     turn_at = code.at(memory, TURN)
     turn = b.load_atomic(turn_at, "acquire", 8, typ=i64)
@@ -65,10 +72,13 @@ def meet(code: Code, memory: Value, threads: Value) -> Value:
     with b.if_then(b.icmp_signed(">", resting, ir.Constant(i32, 0)), likely=False):
         code.store(now(code), memory, TURNED)
         futex(code, turn_at, WAKE, ir.Constant(i32, 2**31 - 1))
+        rests = without_core(code)  # a thread that has more to do than others is late too, but it has its core
+        b.atomic_rmw("add", code.at(memory, LOST), code.sub(rests, rested.get()), "monotonic")
+        rested.set(rests)
     b.branch(after)
 
     b.position_at_end(others)
-    _wait(code, memory, turn, after)
+    _wait(code, memory, turn, rested, after)
 
     b.position_at_end(after)
     found = b.load_atomic(turn_at, "acquire", 8, typ=i64)
@@ -79,13 +89,13 @@ def meet(code: Code, memory: Value, threads: Value) -> Value:
 
 
 def _fewer(code: Code, memory: Value, threads: Value, lost: Value) -> Value:
-    """One thread fewer, if all waited for one of them for more than that would cost: a `1 / threads` of the work, and
-    memory is not read so much slower with one fewer."""
+    """One thread fewer, if all waited for one of them for more than that would cost: a `1 / threads` of the work, or a
+    little less, as memory is not read so much slower."""
     b = code.b
     time = now(code)
     others = code.sub(threads, 1)
     passed = code.sub(time, code.load(memory, SINCE, i64))
-    much = b.icmp_signed(">", code.mul(lost, code.add(threads, 1)), code.mul(passed, others))
+    much = b.icmp_signed(">", code.mul(lost, code.add(threads, 1)), passed)
     leaves = b.and_(much, b.icmp_signed(">", code.mul(others, code.load(memory, LIMIT, i64)), code.integer(0)))
     with b.if_then(leaves):
         code.store(time, memory, SINCE)
@@ -93,7 +103,7 @@ def _fewer(code: Code, memory: Value, threads: Value, lost: Value) -> Value:
     return b.select(leaves, others, threads)
 
 
-def _wait(code: Code, memory: Value, turn: Value, after: Value) -> None:
+def _wait(code: Code, memory: Value, turn: Value, rested: Variable, after: Value) -> None:
     b = code.b
     turn_at, resting_at = code.at(memory, TURN), code.at(memory, RESTING)
     spin, again, rest, sleep, woken = (
@@ -119,17 +129,17 @@ def _wait(code: Code, memory: Value, turn: Value, after: Value) -> None:
     b.cbranch(b.icmp_signed("==", b.load_atomic(turn_at, "acquire", 8, typ=i64), turn), sleep, woken)
     b.position_at_end(woken)
     b.atomic_rmw("sub", resting_at, ir.Constant(i32, 1), "seq_cst")
-    # until the last one came, not until this thread had a core again: if others wait for that, they count it
-    slept = code.sub(b.load_atomic(code.at(memory, TURNED), "monotonic", 8, typ=i64), fell)
-    with b.if_then(b.icmp_signed(">", slept, code.integer(0))):
-        b.atomic_rmw("add", code.at(memory, LOST), slept, "monotonic")
+    # it has rested until the last one came; since then it may have waited for a core
+    came = b.load_atomic(code.at(memory, TURNED), "monotonic", 8, typ=i64)
+    late = b.select(b.icmp_signed(">", came, fell), code.sub(now(code), came), code.integer(0))
+    rested.set(code.sub(without_core(code), late))
     b.branch(after)
 
 
-def now(code: Code) -> Value:
-    """Nanoseconds, as `time.monotonic_ns` counts them."""
+def now(code: Code, clock: int = _MONOTONIC) -> Value:
+    """Nanoseconds; those of the first clock as `time.monotonic_ns` counts them."""
     time = code.stack(16)
-    code.call("clock_gettime", i32, ir.Constant(i32, _MONOTONIC), time)
+    code.call("clock_gettime", i32, ir.Constant(i32, clock), time)
     return code.add(code.mul(code.load(time, 0, i64), 10**9), code.load(time, 8, i64))
 
 

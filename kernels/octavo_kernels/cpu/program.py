@@ -46,12 +46,12 @@ def _run_program(module: ir.Module) -> None:
     code = Code(module, RUN)
     b, memory = code.b, code.args
     program, step = code.load(memory, _PROGRAM, pointer), code.load(memory, _STEP, pointer)
-    threads = code.variable(code.threads)
+    threads, rested = code.variable(code.threads), code.variable(barrier.without_core(code))
     with code.loop(0, code.load(program, 0, i64)) as number:
         entry = code.at(program, code.add(code.mul(number, 16), 8))
         kernel, args = code.load(entry, 0, KERNEL.as_pointer()), code.load(entry, 8, pointer)
         b.call(kernel, [args, step, code.thread, threads.get()])
-        threads.set(barrier.meet(code, memory, threads.get()))
+        threads.set(barrier.meet(code, memory, threads.get(), rested))
         with b.if_then(b.icmp_signed("==", threads.get(), code.integer(0)), likely=False):
             b.ret_void()
     code.finish()
