@@ -30,7 +30,8 @@ NUMBERS = 1000
 @pytest.fixture(scope="module")
 def library() -> Library:
     """`add`: the step's first value to each of `NUMBERS` numbers, a share a thread. `doze`: of its threads, the one
-    that the step's second value names sleeps for the third's microseconds. `come`: each thread counts. `nothing`."""
+    that the step's second value names sleeps for the third's microseconds. `toil`: it is at work for about as long.
+    `come`: each thread counts. `nothing`."""
 
     def make() -> ir.Module:
         module = ir.Module("crowding")
@@ -44,6 +45,11 @@ def library() -> Library:
         code = Code(module, "doze")
         with code.b.if_then(code.b.icmp_signed("==", code.thread, code.step_value(1))):
             code.call("usleep", i32, code.b.trunc(code.step_value(2), i32))
+        code.finish()
+        code = Code(module, "toil")
+        mine = code.b.icmp_signed("==", code.thread, code.step_value(1))
+        with code.b.if_then(mine), code.loop(0, code.mul(code.step_value(2), 40)):
+            code.pause()
         code.finish()
         code = Code(module, "come")
         place = code.mul(code.thread, 8)
@@ -141,6 +147,21 @@ def test_a_team_that_does_not_yield_keeps_its_threads(library: Library) -> None:
     assert time.perf_counter() - began > 6 * 0.015
     assert team.running == 2
     team.close()
+
+
+def test_a_thread_that_has_more_to_do_than_others_stays(library: Library) -> None:
+    """The other one waits for it for all of the time; at one of some moments it has its core all that time."""
+    step, stayed = torch.tensor([0, 1, 1000]), 0
+    program = Program([(library.address("toil"), [])] * 20)
+    end = time.monotonic() + 60
+    while not stayed and time.monotonic() < end:
+        team = Team(library, 2, yields=True)
+        began = time.perf_counter()
+        team.run(program, step)
+        assert time.perf_counter() - began > 2 * crowding.barrier.LEAST_LOST / 1e9, "too short to show anything"
+        stayed += team.running == 2
+        team.close()
+    assert stayed
 
 
 @pytest.mark.usefixtures("busy_cores")

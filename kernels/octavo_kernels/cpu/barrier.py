@@ -1,7 +1,7 @@
 """Where the threads of a team meet after each kernel, and how they sleep. Written into a module by `program.py`.
 
-Who has waited for `SPINS` turns sleeps until the last one comes (futex(2)). If other processes want the same cores,
-that leaves the core to the thread that all wait for; one that stays awake and yields keeps coming back before it.
+Who has waited for `SPINS` turns sleeps until the last one comes (futex(2)): if other processes want the same cores,
+that leaves the core to the thread that all wait for, where one that stays awake and yields keeps coming back.
 A team that may (`LIMIT`) also goes on with a thread fewer when waiting has cost too much: the last one to come decides.
 
 The words are 64 bits: a count below, which a futex can sleep on, and above it how many threads take part from then on.
