@@ -25,7 +25,8 @@ APART = 128
 COUNT, TURN = 3 * APART, 4 * APART  # bytes in a team's memory
 RESTING, TURNED, LOST, SINCE, LIMIT = (5 * APART + 8 * number for number in range(5))
 """Together, as they are written only when a thread sleeps, and by the caller: how many sleep; when the last turn came
-for which some slept; nanoseconds since `SINCE` in which those waited for one that had no core; 1 if threads may be left out, else 0. Times are monotonic."""
+for which some slept; nanoseconds since `SINCE` in which those waited for one that had no core; 1 if threads may be left
+out, else 0. Times are monotonic."""
 _SYS_FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 0)
 WAIT, WAKE = 128 + 9, 128 + 10
 """FUTEX_WAIT_BITSET and FUTEX_WAKE_BITSET among the threads of one process."""
