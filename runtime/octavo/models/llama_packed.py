@@ -73,7 +73,7 @@ class PackedLlama:
         forward, logits = self._forward_steps(), self._logits_steps()
         self._library = self._kernels.library(cache)
         self._forward, self._logits = self._program(forward), self._program(logits)
-        self._team = program.Team(self._library, threads)
+        self._team = program.Team(self._library, threads, yields=True)
 
     # ---------------------------------------------------------------- what the runner calls
 

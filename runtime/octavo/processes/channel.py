@@ -13,8 +13,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 
 LONGEST = 1 << 30
 """Bytes of a message. A prompt of a million tokens takes five million."""
@@ -94,8 +95,11 @@ def module_program(module: str) -> tuple[str, ...]:
     return (sys.executable, "-P", "-m", module)
 
 
-def spawn(program: Sequence[str]) -> tuple[subprocess.Popen[bytes], Channel]:
-    """Start `program` with the descriptor of its end of a channel as its last argument.
+def spawn(
+    program: Sequence[str], variables: Mapping[str, str] = MappingProxyType({})
+) -> tuple[subprocess.Popen[bytes], Channel]:
+    """Start `program` with the descriptor of its end of a channel as its last argument, and `variables` in its
+    environment.
 
     It sees the modules that this process sees. It has a process group of its own: a Ctrl-C at the terminal is for its
     parent, which ends it in order. It ends by itself when the channel closes, so it does not outlive a parent that was
@@ -106,6 +110,6 @@ def spawn(program: Sequence[str]) -> tuple[subprocess.Popen[bytes], Channel]:
         paths = os.pathsep.join(path for path in sys.path if path)
         process = subprocess.Popen(
             [*program, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2,
-            process_group=0, env={**os.environ, "PYTHONPATH": paths},
+            process_group=0, env={**os.environ, "PYTHONPATH": paths, **variables},
         )  # fmt: skip
     return process, Channel(ours)

@@ -3,6 +3,7 @@ that is slow and waits to be told which engine to be."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 import time
@@ -24,13 +25,17 @@ SILENT_SECONDS = 4.0
 STUCK_SECONDS = 120.0
 """One whose engine does not end a step, after this. No step is that long: they have a token budget."""
 _END_SECONDS = 2.0
+_SPINS = "2000"
+"""Turns that a thread of torch stays awake for the others or for the next operator: under 0.1 ms. Left to itself GNU's
+OpenMP makes it milliseconds, on the core that another thread or the server needs: with more processes than cores, a
+tenth of the steps. Alone on the machine there was no difference (`benchmarks/LOG.md`)."""
 
 
 class EngineProcess:
     """One process. Its messages are read on one thread (`receive`); any thread sends."""
 
     def __init__(self, program: Sequence[str]) -> None:
-        self._process, self._channel = spawn(program)
+        self._process, self._channel = spawn(program, _torchs_threads())
         self._sender = Sender(self._channel)
         self.why = "it was killed"
         """The reason of its end, once `receive` has ended."""
@@ -102,6 +107,12 @@ class EngineProcess:
         with suppress(OSError):
             self._process.kill()
         self._process.wait()
+
+
+def _torchs_threads() -> dict[str, str]:
+    """Variables for a process that has yet to load torch. Who has set how its threads wait meant it."""
+    chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}.intersection(os.environ)
+    return {} if chosen else {"GOMP_SPINCOUNT": _SPINS}
 
 
 def _is_stopped(pid: int) -> bool:
