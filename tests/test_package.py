@@ -239,7 +239,8 @@ def test_what_the_runtime_imports_is_declared(project: dict[str, Any]) -> None:
     server = {name_of(requirement) for requirement in project["optional-dependencies"]["server"]}
     server |= {"starlette", "pydantic", "pydantic-core"}  # FastAPI's own
     extra |= dict.fromkeys((RUNTIME / "server").rglob("*.py"), server)
-    extra |= dict.fromkeys((RUNTIME / "processes").glob("guard*.py"), server)  # the server starts it
+    for theirs in ((RUNTIME / "processes").glob("guard*.py"), (RUNTIME / "engine" / "child").glob("*.py")):
+        extra |= dict.fromkeys(theirs, server)  # only the server starts these
     extra[RUNTIME / "server" / "tracing.py"] = {"opentelemetry"}  # the extra otel
     for path, module in imported(RUNTIME):
         name = module.lower().replace("_", "-")
