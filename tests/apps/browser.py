@@ -97,7 +97,7 @@ class ChatTab(Tab):
         expect(self.questions).to_have_count(before + 1)
 
     def ended(self) -> None:
-        expect(self.send).to_be_visible(timeout=60_000)
+        expect(self.send).to_be_visible(timeout=240_000)
 
     def ask(self, text: str) -> str:
         """Type, send, and wait for the end of the answer."""
@@ -165,5 +165,5 @@ class TranslateTab(Tab):
         self.text.fill(text)
         self.go.click()
         expect(self.result).to_have_attribute("aria-busy", "false", timeout=60_000)
-        expect(self.go).to_be_visible(timeout=60_000)
+        expect(self.go).to_be_visible(timeout=240_000)
         return self.sentences.all_inner_texts()
