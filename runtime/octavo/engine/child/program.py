@@ -6,7 +6,6 @@ engine until the channel closes, which it does when the server's process ends, h
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import signal
@@ -65,9 +64,6 @@ class EngineProcess:
             logger.debug("the engine could not start", exc_info=True)
             self._send(Failed(Problem.of(error)))
             return
-        # What is there now stays until the end. Python looks for unreachable cycles among the old objects when a
-        # quarter more of them have come: of half a million that was 10,000 requests, 230 bytes of each.
-        gc.freeze()
         threading.Thread(target=self._watch, daemon=True).start()
         self._send(Ready(limits))
         self._compiler.submit(lambda: self._grammars)  # the tokenizer that grammars need takes a second
