@@ -91,26 +91,33 @@ class Engine:
         return self.shape
 
 
+Run = Callable[[ModelFiles, "Shape"], tuple[Service, Limits]]
+
+
+def start_engine(config: EngineConfig, progress: Progress | None, run: Run) -> Engine:
+    """An engine whose service `run` starts, wherever that is; the tokenizer loads meanwhile. Raises what is wrong with
+    the settings or the files."""
+    began = time.monotonic()
+    files = find_files(config, progress)
+    shape = load_shape(files)
+    with ThreadPoolExecutor(1) as background:
+        loading = background.submit(load_front, config, files, shape)
+        service, limits = run(files, shape)
+        try:
+            front = loading.result()
+        except BaseException:
+            service.close()
+            raise
+    seconds = time.monotonic() - began
+    return Engine(config, files, shape, front.tokenizer, service, limits, front.grammars, seconds, front.scheme)
+
+
 class InProcess:
     """The placement of an engine that is a thread of its caller's process."""
 
     def start(self, config: EngineConfig, progress: Progress | None) -> Engine:
-        """Raises what is wrong with the settings or the files."""
-        began = time.monotonic()
-        files = find_files(config, progress)
-        shape = load_shape(files)
-        with ThreadPoolExecutor(1) as background:  # the tokenizer loads while torch and the weights are read
-            loading = background.submit(load_front, config, files, shape)
-            service, limits = start_service(config, files, shape, progress)
-            try:
-                front = loading.result()
-            except BaseException:
-                service.close()
-                raise
-        seconds = time.monotonic() - began
-        return Engine(
-            config, files, shape, front.tokenizer, service, limits, front.grammars, seconds, front.scheme
-        )
+        """See `Placement`."""
+        return start_engine(config, progress, lambda files, shape: start_service(config, files, shape, progress))
 
 
 IN_PROCESS = InProcess()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from octavo.config import EngineConfig
 from octavo.engine.child.messages import Files
 from octavo.engine.child.service import ChildService
-from octavo.engine.start import Engine, find_files, load_front, load_shape
-from octavo.models.sources import Progress
+from octavo.engine.start import Engine, Limits, Shape, start_engine
+from octavo.models.sources import ModelFiles, Progress
 from octavo.processes.channel import module_program
 
 
@@ -22,19 +20,9 @@ class InChild:
 
     def start(self, config: EngineConfig, progress: Progress | None) -> Engine:
         """See `Placement`. Tokenizer and texts stay in this process, which imports no torch for them."""
-        began = time.monotonic()
-        files = find_files(config, progress)
-        shape = load_shape(files)
-        service = ChildService(self.program, config, Files.of(files))
-        with ThreadPoolExecutor(1) as background:
-            loading = background.submit(load_front, config, files, shape)
-            limits = service.start(progress)
-            try:
-                front = loading.result()
-            except BaseException:
-                service.close()
-                raise
-        seconds = time.monotonic() - began
-        return Engine(
-            config, files, shape, front.tokenizer, service, limits, front.grammars, seconds, front.scheme
-        )
+
+        def run(files: ModelFiles, shape: Shape) -> tuple[ChildService, Limits]:
+            service = ChildService(self.program, config, Files.of(files))
+            return service, service.start(progress)
+
+        return start_engine(config, progress, run)

@@ -37,7 +37,7 @@ _NO_BOUND = sys.maxsize
 """Of the queue: who sends the requests has counted them."""
 
 
-class EngineProcess:
+class ChildEngine:
     """What this process is."""
 
     def __init__(self, channel: Channel) -> None:
@@ -224,7 +224,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _be_the_first_to_go()
     with suppress(ChannelClosedError):
-        EngineProcess(Channel.of_descriptor(int(sys.argv[-1]))).run()
+        ChildEngine(Channel.of_descriptor(int(sys.argv[-1]))).run()
     os._exit(0)  # in order would take a second, and there is nobody for whom it matters
 
 
