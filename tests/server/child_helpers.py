@@ -25,6 +25,13 @@ def service_of(llm: AsyncLLM) -> ChildService:
     return service
 
 
+def pid_of(llm: AsyncLLM) -> int:
+    """Of the engine's process, which must run: a signal to 0 would be for the tests themselves."""
+    pid = service_of(llm).pid
+    assert pid is not None
+    return pid
+
+
 @contextmanager
 def child(model: Path, placement: InChild | None = None, **settings: Any) -> Iterator[AsyncLLM]:
     llm = AsyncLLM.of(engine_config_from(str(model), {**SETTINGS, **settings}), placement or InChild())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from child_helpers import child, essence, here, killing, requests, service_of, wait_for_spare
+from child_helpers import child, essence, here, killing, pid_of, requests, service_of, wait_for_spare
 from octavo import SamplingParams
 from octavo.async_llm import AsyncLLM
 from octavo.config import engine_config_from
@@ -80,7 +80,7 @@ async def test_a_stream_of_the_default_model_goes_on_within_five_seconds(how: si
             tokens, text, last, longest = [*tokens, *piece.token_ids], text + piece.text, now, max(longest, now - last)
             if len(tokens) >= 20 and not killed:
                 killed = True
-                os.kill(service_of(llm).pid or 0, how)
+                os.kill(pid_of(llm), how)
         assert (tokens, text) == (alone.token_ids, alone.text)
         assert service_of(llm).restarts == 1
     print(f"{how.name}: {longest:.2f} s without a token")

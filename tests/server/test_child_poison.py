@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from child_helpers import SETTINGS, child, essence, here, service_of
+from child_helpers import SETTINGS, child, essence, here, pid_of, service_of
 from octavo import SamplingParams
 from octavo.async_llm import AsyncLLM
 from octavo.engine.child import processes, service
@@ -106,7 +106,7 @@ async def test_it_gives_up_where_no_process_comes_up(tiny_model: Path, tmp_path:
         await anext(stream)
         (model / "model.safetensors").write_bytes(b"gone")
         began = time.monotonic()
-        os.kill(service_of(llm).pid or 0, 9)
+        os.kill(pid_of(llm), 9)
         with pytest.raises(EngineClosedError, match=rf"{service.ATTEMPTS} times in a row"):
             async for _ in stream:
                 pass

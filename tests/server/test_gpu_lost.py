@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from child_helpers import child, service_of, wait_for_spare
+from child_helpers import child, pid_of, service_of, wait_for_spare
 from octavo import SamplingParams
 from octavo.engine.child.placement import InChild
 from octavo.errors import RequestFailedError
@@ -48,7 +48,7 @@ def test_a_stream_on_a_gpu_outlives_its_process(tiny_model: Path) -> None:
                 longest, last = max(longest, time.monotonic() - last), time.monotonic()
                 before, tokens = len(tokens), [*tokens, *piece.token_ids]
                 if before < 50 <= len(tokens):
-                    os.kill(service_of(llm).pid or 0, 9)
+                    os.kill(pid_of(llm), 9)
             return longest, tokens == alone.outputs[0].token_ids
 
     longest, equal = asyncio.run(scene())
