@@ -37,6 +37,6 @@ def launch(self: EngineCore, draft: Draft) -> None:
     return _launch(self, draft)
 
 
-EngineCore._launch = launch  # type: ignore[method-assign]
-if __name__ == "__main__":
+if __name__ == "__main__":  # and only then: the tests import the tokens above
+    EngineCore._launch = launch  # type: ignore[method-assign]
     program.main()
