@@ -1,5 +1,5 @@
 # make demo    set up, then ask the default model a question
-# make test    set up, then run every test (those of the apps in a browser, where there is a Chromium)
+# make test    set up, then run every test, two files at a time (those of the apps in a browser, if there is a Chromium)
 # make check   ruff and mypy
 # make bench   beside transformers on this machine's CPU (some minutes)
 # make PYTHON=python3.12 test    with another Python (3.11 to 3.13)
@@ -15,7 +15,7 @@ demo: $(READY)
 	@$(BIN)/octavo demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -51,7 +51,7 @@ def test_llm_chain(chat: ChatOctavo, kind: Any) -> None:
     assert all(many)
     assert chain.invoke(inputs[1])["text"] == chain.predict(thing="rain") == many[1]
     assert asyncio.run(chain.ainvoke(inputs[2]))["text"] == many[2]
-    assert len([config for config in registry._engines if config.model == model.model]) == 1
+    assert len([config for config in registry.running() if config.model == model.model]) == 1
 
 
 # -- LCEL ------------------------------------------------------------------------------------------------------------

@@ -92,13 +92,13 @@ def test_stop_strings_and_reasons(chat: ChatOctavo) -> None:
 
 
 def test_several_outputs(chat: ChatOctavo) -> None:
-    result = chat.generate([[HumanMessage(QUESTION)]], n=3, temperature=1.0, seed=3)
+    result = chat.generate([[HumanMessage(QUESTION)]], n=3, temperature=1.0, seed=3, ignore_eos=True)
     (choices,) = result.generations
     assert len({choice.text for choice in choices}) == 3
     assert all(choice.message.usage_metadata["output_tokens"] == 48 for choice in choices)  # type: ignore[union-attr]
     assert result.llm_output is not None
     assert result.llm_output["token_usage"]["completion_tokens"] == 48
-    best = chat.generate([[HumanMessage(QUESTION)]], best_of=3, temperature=1.0, seed=3).generations[0]
+    best = chat.generate([[HumanMessage(QUESTION)]], best_of=3, temperature=1.0, seed=3, ignore_eos=True).generations[0]
     assert len(best) == 1
     assert best[0].text in {choice.text for choice in choices}
 
@@ -268,7 +268,7 @@ def test_bad_settings_are_named_at_construction() -> None:
 
 
 def engines(model: Path) -> int:
-    return sum(config.model == str(model) for config in registry._engines)
+    return sum(config.model == str(model) for config in registry.running())
 
 
 def test_objects_share_an_engine_and_the_last_gives_it_back(tiny_model: Path) -> None:

@@ -43,9 +43,9 @@ def test_constructing_loads_nothing_and_equal_ones_share() -> None:
     assert one._shared().llm is two._shared().llm
     config = one._shared().config
     one.close()
-    assert config in registry._engines
+    assert config in registry.running()
     two.close()
-    assert config not in registry._engines
+    assert config not in registry.running()
 
 
 async def test_concurrent_queries_share_batches() -> None:

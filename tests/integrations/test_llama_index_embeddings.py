@@ -48,7 +48,7 @@ def test_serialisation_and_sharing(embedding: OctavoEmbedding) -> None:
     assert again._shared.llm is embedding._shared.llm
     again.close()
     secret.close()
-    assert embedding._shared.config in registry._engines
+    assert embedding._shared.config in registry.running()
 
 
 def test_a_copy_is_a_user_of_its_own(embedding: OctavoEmbedding) -> None:

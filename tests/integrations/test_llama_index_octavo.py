@@ -194,12 +194,12 @@ llm = Octavo(engine_kwargs={"max_model_len": 512})
 assert "torch" not in sys.modules, "constructing imported torch"
 assert llm.to_payload()["model_name"] == llm.model
 assert llm.metadata.context_window == 512
-assert not registry._engines, "metadata loaded the weights"
+assert not registry.running(), "metadata loaded the weights"
 window = Octavo().metadata.context_window
 with Octavo() as other:
     other.complete("Hi", max_tokens=1)
     assert other.engine.engine.limits.max_model_len == window == other.metadata.context_window
-assert not registry._engines, "the engine outlived its users"
+assert not registry.running(), "the engine outlived its users"
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -249,7 +249,7 @@ def test_close(loaded: LLM) -> None:
     del copied
     gc.collect()
     assert engine.service.closed
-    assert engine.config not in registry._engines
+    assert engine.config not in registry.running()
 
 
 async def test_async_context_manager() -> None:

@@ -136,7 +136,7 @@ def test_close_ends_what_waits_and_gives_the_engine_back() -> None:
     llm.close()
     thread.join(30)
     assert isinstance(errors[0], EngineClosedError)
-    assert config not in registry._engines
+    assert config not in registry.running()
 
 
 async def test_a_cancelled_task_leaves_nothing() -> None:

@@ -23,14 +23,14 @@ FEW = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 
 @pytest.fixture(autouse=True)
 def _none_left() -> Iterator[None]:
-    before = list(registry._engines)
+    before = registry.running()
     yield
     gc.collect()
-    assert list(registry._engines) == before
+    assert registry.running() == before
 
 
 def open_engines(model: Path) -> int:
-    return sum(config.model == str(model) for config, _ in registry._engines)
+    return sum(config.model == str(model) for config in registry.running())
 
 
 def test_it_starts_at_the_first_use_and_ends_with_the_last_user(tiny_model: Path) -> None:

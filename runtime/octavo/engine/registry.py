@@ -80,6 +80,12 @@ def release(engine: Engine) -> bool:
     return last
 
 
+def running() -> list[EngineConfig]:
+    """What the engines are that have users, one entry each. For tests and reports."""
+    with _lock:
+        return [config for config, _ in _engines]
+
+
 @atexit.register
 def _close_all() -> None:
     """At exit, end the threads in order: a thread that runs torch while the interpreter goes away can crash it."""
