@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, cast
 
 from octavo.config import EngineConfig, engine_config_from
@@ -76,8 +77,9 @@ class Client:
                 del engine
             give_back_memory()
 
-    def __del__(self) -> None:
-        if getattr(self, "_engine", None) is not None:
+    def __del__(self, _at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
+        # when the interpreter ends the engine has been closed already (`registry`), and the names here are gone
+        if getattr(self, "_engine", None) is not None and not _at_exit():
             self.close()
 
     # ---------------------------------------------------------------- making requests

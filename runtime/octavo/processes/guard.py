@@ -12,12 +12,12 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from octavo.errors import EngineClosedError, QueueFullError, RequestFailedError
 from octavo.processes.channel import Channel, ChannelClosedError, module_program, spawn
 from octavo.processes.guard_messages import Answer, Forget, Job, Kind, Learn, decode_answer, encode
+from octavo.processes.sender import Sender
 
 if TYPE_CHECKING:
     from octavo.tokenizer import Tokenizer
@@ -45,7 +45,8 @@ class Guard:
         """What the worker is told of each."""
         self._jobs: dict[int, _Waiting] = {}
         self._made = 0
-        self._outbox: SimpleQueue[bytes | None] | None = None
+        self._sender: Sender | None = None
+        """To the worker, which does not read while it learns."""
         self._channel: Channel | None = None
         self._keeper: threading.Thread | None = None
         self._closed = threading.Event()
@@ -105,11 +106,11 @@ class Guard:
         if self._keeper is None and not self._closed.is_set():
             self._keeper = threading.Thread(target=self._keep, name="octavo-guard", daemon=True)
             self._keeper.start()
-        return self._outbox is not None
+        return self._sender is not None
 
     def _say(self, order: bytes) -> None:
-        if self._outbox is not None:
-            self._outbox.put(order)
+        if self._sender is not None:
+            self._sender.put(order)
 
     # ---------------------------------------------------------------- the keeper's thread
 
@@ -124,43 +125,39 @@ class Guard:
                 self._closed.wait(_LOOK_SECONDS)
                 continue
             self.pid = process.pid
-            sender = threading.Thread(target=_send, args=(channel, self._tell_all(channel)), daemon=True)
-            sender.start()
+            sender = Sender(channel)
+            self._tell_all(channel, sender)
             try:
                 self._listen(channel)
             except ChannelClosedError:
                 pass
             finally:
                 with self._lock:
-                    outbox, self._outbox, self._channel = self._outbox, None, None
-                if outbox is not None:
-                    outbox.put(None)
+                    self._sender = self._channel = None
+                sender.close()
                 channel.close()
                 process.kill()
                 code = process.wait()
-                sender.join()
                 self.pid = None
             if not self._closed.is_set():
                 logger.warning("the guard's worker ended (%s): another is started", code)
                 self._closed.wait(max(0.0, _LOOK_SECONDS - (time.monotonic() - began)))
         self._give_up(list(self._jobs), EngineClosedError("the server is ending"))
 
-    def _tell_all(self, channel: Channel) -> SimpleQueue[bytes | None]:
-        """The outbox of a new worker: what it has to know, and the jobs that were not answered by another."""
-        outbox: SimpleQueue[bytes | None] = SimpleQueue()
+    def _tell_all(self, channel: Channel, sender: Sender) -> None:
+        """Tell a new worker what it has to know, and the jobs that were not answered by another."""
         with self._lock:
             tired = [number for number, job in self._jobs.items() if job.tries >= TRIES]
         self._give_up(tired, RequestFailedError("the guard's worker died of it"))
         with self._lock:
             for order in self._models.values():
-                outbox.put(order)
+                sender.put(order)
             for job in self._jobs.values():
                 job.tries += 1
-                outbox.put(job.order)
-            self._outbox, self._channel = outbox, channel
+                sender.put(job.order)
+            self._sender, self._channel = sender, channel
             if self._closed.is_set():  # `close` did not see this channel
                 channel.close()
-        return outbox
 
     def _listen(self, channel: Channel) -> None:
         """Until the worker is gone, or silent for too long."""
@@ -195,12 +192,3 @@ class _Waiting:
         self.order, self.tries = order, 0
         self.future: Future[Answer] = Future()
         self.future.set_running_or_notify_cancel()  # several may wait for it: none of them may cancel it
-
-
-def _send(channel: Channel, outbox: SimpleQueue[bytes | None]) -> None:
-    """What there is to be said, on a thread: a worker that learns does not read."""
-    try:
-        while (order := outbox.get()) is not None:
-            channel.send(order)
-    except ChannelClosedError:
-        return
