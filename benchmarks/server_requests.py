@@ -6,7 +6,8 @@ Chats and completions, whole and streamed, with one output and two, under one of
 (embeddings of a model that makes text, wrong bodies, unknown models, prompts that are too long); streams and whole
 answers whose client leaves. Every status is checked. Memory is taken when nothing runs: resident, and what belongs to
 the processes alone (USS) or in parts (PSS), of the server and its children together. What they made themselves, as
-heaps, is anonymous; that alone does not move when another program maps the same libraries or ends. The slope is by
+heaps, is anonymous; that alone does not move when another program maps the same libraries or ends. What the heaps have
+obtained from the system, touched or not, is data: memory that is held for ever makes it grow. The slope is by
 least squares over the samples after the first 2,000 requests, in kB for 1,000 requests, with its standard error. Ends
 with 1 if any block of the KV cache is held afterwards, or anything still runs.
 """
@@ -38,7 +39,7 @@ OPTIONS = (
     "--max-num-seqs", "16",
 )  # fmt: skip
 EVERY, WARM_UP = 500, 2000
-KINDS = ("anonymous", "rss", "pss", "uss")
+KINDS = ("anonymous", "data", "rss", "pss", "uss")
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "y"]}}, "required": ["a"]}
 FORMS: list[dict[str, Any]] = [

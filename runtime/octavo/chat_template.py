@@ -31,7 +31,7 @@ from jinja2.visitor import NodeTransformer
 
 from octavo.errors import RequestError
 
-_MAX_ITERATIONS, _MAX_SECONDS, _MAX_SIZE = 1_000_000, 10.0, 32 << 20
+_MAX_ITERATIONS, _MAX_SECONDS, _MAX_SIZE = 1_000_000, 5.0, 32 << 20
 _MAX_DEPTH = 100
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 

@@ -273,6 +273,7 @@ def engines(model: Path) -> int:
 
 def test_objects_share_an_engine_and_the_last_gives_it_back(tiny_model: Path) -> None:
     settings: dict[str, Any] = {"dtype": "float32", "num_blocks": 65}
+    gc.collect()  # what other files left
     first = ChatOctavo(str(tiny_model), max_tokens=3, **settings)
     second = ChatOctavo(str(tiny_model), temperature=0.3, seed=4, stop=["x"], engine_kwargs=settings)
     third = OctavoLLM(model=str(tiny_model), max_new_tokens=2, vllm_kwargs=settings)

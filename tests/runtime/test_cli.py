@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from octavo import LLM, SamplingParams
+from octavo_kernels.cpu.compiler import available
 
 OCTAVO = [sys.executable, "-m", "octavo"]
 STORY = "Write a long story about a dog."
@@ -262,7 +263,8 @@ def test_bench_measures_rows_beside_their_limits_and_draws(
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
     assert (report["device"], report["max_model_len"], report["max_num_seqs"]) == ("cpu", 8192, 64)
-    assert 90e6 < report["weight_bytes"] < 110e6
+    low, high = (90e6, 110e6) if available() else (530e6, 545e6)  # 4 bits a weight where kernels can read them
+    assert low < report["weight_bytes"] < high
     assert report["weight_bytes"] < report["memory_bytes"]
     ready, *measured = report["rows"]
     assert (ready["name"], ready["unit"], ready["limit"]) == ("ready", "s", None)

@@ -23,6 +23,7 @@ FEW = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 
 @pytest.fixture(autouse=True)
 def _none_left() -> Iterator[None]:
+    gc.collect()  # what other files left
     before = registry.running()
     yield
     gc.collect()

@@ -79,9 +79,10 @@ class LocalSource:
         path = Path(request.model).expanduser()
         if not path.exists():
             raise ModelNotFoundError(f"{request.model!r} looks like a path, but nothing is there")
-        if path.is_dir():
+        files = files_at(path, request.model, self.name)
+        if path.is_dir():  # of any other folder it is enough to hear that it is no model
             check_folder(path)
-        return files_at(path, request.model, self.name)
+        return files
 
 
 def _looks_like_path(model: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,9 @@ from octavo.models.sources import Progress
 logger = logging.getLogger("octavo")
 ATTEMPTS = 4
 """Processes in a row that ended without bringing anything, by nobody's known fault."""
+SOUND_SECONDS = 30.0
+"""One that ran for so long was sound, even if nobody asked anything of it: an engine that is idle for days may lose
+several."""
 STATS_SECONDS = 5.0
 
 
@@ -207,13 +211,14 @@ class ChildService:
     def _watch(self, process: EngineProcess) -> None:
         idle_ends = 0
         while True:
-            brought = False
+            brought, began = False, time.monotonic()
             for message in process.receive(ready=True):
                 brought = brought or isinstance(message, Step)
                 self._take(message)
             if self._closing:
                 return
-            idle_ends = 0 if brought else idle_ends + 1
+            sound = brought or time.monotonic() - began > SOUND_SECONDS
+            idle_ends = 0 if sound else idle_ends + 1
             blamed = self._note_end(process)
             if blamed:
                 idle_ends = 0
