@@ -17,6 +17,7 @@ from serving_helpers import CHAT, Program
 def address(server: Program) -> str:
     return server.v1
 
+
 IN_FLOAT32 = pytest.mark.xfail(
     not cpu_multiplies_bfloat16(), strict=False,
     reason="which keys to write, and whether to call a tool, is the model's choice: in float32 another",

@@ -43,11 +43,7 @@ def refused(tiny: InProcess, path: str, body: Any, param: str | None = None, sta
     if param is not None:
         assert error["param"] is not None, error
         assert error["param"].split(".")[0] == param, error
-    if took >= 2.0:  # a second, on a machine that others use: which may have had its own
-        began = time.monotonic()
-        httpx.post(tiny.url + path, content=data, headers={"Content-Type": "application/json"}, timeout=20)
-        took = time.monotonic() - began
-    assert took < 2.0
+    assert took < 2.0  # a second, on a machine that others use
     return error
 
 
