@@ -267,28 +267,33 @@ def test_bad_settings_are_named_at_construction() -> None:
 # -- one engine ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def own_model(tiny_model: Path, tmp_path: Path) -> Path:
+    """One of which nobody else has an engine."""
+    return shutil.copytree(tiny_model, tmp_path / "own")
+
+
 def engines(model: Path) -> int:
     return sum(config.model == str(model) for config in registry.running())
 
 
-def test_objects_share_an_engine_and_the_last_gives_it_back(tiny_model: Path) -> None:
+def test_objects_share_an_engine_and_the_last_gives_it_back(own_model: Path) -> None:
     settings: dict[str, Any] = {"dtype": "float32", "num_blocks": 65}
-    gc.collect()  # what other files left
-    first = ChatOctavo(str(tiny_model), max_tokens=3, **settings)
-    second = ChatOctavo(str(tiny_model), temperature=0.3, seed=4, stop=["x"], engine_kwargs=settings)
-    third = OctavoLLM(model=str(tiny_model), max_new_tokens=2, vllm_kwargs=settings)
-    other = ChatOctavo(str(tiny_model), **{**settings, "num_blocks": 66})
-    assert engines(tiny_model) == 0, "making them loads nothing"
+    first = ChatOctavo(str(own_model), max_tokens=3, **settings)
+    second = ChatOctavo(str(own_model), temperature=0.3, seed=4, stop=["x"], engine_kwargs=settings)
+    third = OctavoLLM(model=str(own_model), max_new_tokens=2, vllm_kwargs=settings)
+    other = ChatOctavo(str(own_model), **{**settings, "num_blocks": 66})
+    assert engines(own_model) == 0, "making them loads nothing"
     first.invoke("Hello")
     second.invoke("Hello", max_tokens=3)
     third.invoke("Hello")
-    assert engines(tiny_model) == 1
+    assert engines(own_model) == 1
     other.invoke("Hello", max_tokens=3)
-    assert engines(tiny_model) == 2
+    assert engines(own_model) == 2
     copy = first.model_copy(update={"temperature": 0.0})
     tuned = first.configurable_fields(temperature=ConfigurableField(id="t"))
     assert tuned.with_config(configurable={"t": 0.0}).invoke("Hello").content == copy.invoke("Hello").content
-    assert engines(tiny_model) == 2, "other sampling is no other engine"
+    assert engines(own_model) == 2, "other sampling is no other engine"
     other.close()
     first.close()
     first.close()
@@ -299,20 +304,20 @@ def test_objects_share_an_engine_and_the_last_gives_it_back(tiny_model: Path) ->
     assert third.invoke("Hello")
     del third, tuned
     gc.collect()
-    assert engines(tiny_model) == 1
+    assert engines(own_model) == 1
     copy.close()
-    assert engines(tiny_model) == 0
+    assert engines(own_model) == 0
 
 
-def test_a_call_may_name_another_model(chat: ChatOctavo, tiny_model: Path) -> None:
+def test_a_call_may_name_another_model(chat: ChatOctavo, own_model: Path) -> None:
     own = ChatOctavo(max_tokens=4)
-    message = own.invoke("Hello", model=str(tiny_model))
-    assert message.response_metadata["model_name"] == str(tiny_model)
+    message = own.invoke("Hello", model=str(own_model))
+    assert message.response_metadata["model_name"] == str(own_model)
     assert own.invoke("Hello").response_metadata["model_name"] == own.model
-    assert own._get_ls_params(model=str(tiny_model))["ls_model_name"] == str(tiny_model)
-    assert engines(tiny_model) == 1
+    assert own._get_ls_params(model=str(own_model))["ls_model_name"] == str(own_model)
+    assert engines(own_model) == 1
     own.close()
-    assert engines(tiny_model) == 0
+    assert engines(own_model) == 0
 
 
 def test_an_event_loop_is_free_while_the_model_loads(tiny_model: Path) -> None:

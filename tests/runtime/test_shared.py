@@ -7,6 +7,7 @@ import asyncio
 import copy
 import gc
 import pickle
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,12 @@ from octavo.shared import SharedEngine
 
 SETTINGS = {"dtype": "float32", "num_blocks": 33, "max_model_len": 128}
 FEW = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of which nobody else has an engine."""
+    return shutil.copytree(tiny_model, tmp_path_factory.mktemp("own") / "model")
 
 
 @pytest.fixture(autouse=True)

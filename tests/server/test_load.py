@@ -25,11 +25,19 @@ class Peak:
 
     def __init__(self, processes: list[psutil.Process]) -> None:
         self._processes, self._stop = processes, threading.Event()
-        self.base = self.most = self.now()
+        self.base = self.most = self._at_rest()
         self._thread = threading.Thread(target=self._watch)
 
     def now(self) -> int:
         return sum(process.memory_info().rss for process in self._processes)
+
+    def _at_rest(self, seconds: float = 60) -> int:
+        """Once it stays level: a process that is kept in advance is loading for some seconds."""
+        end, before = time.monotonic() + seconds, 0
+        while (now := self.now()) > before + (1 << 20) and time.monotonic() < end:
+            before = now
+            time.sleep(2)
+        return now
 
     def _watch(self) -> None:
         while not self._stop.wait(0.05):

@@ -79,10 +79,14 @@ class LocalSource:
         path = Path(request.model).expanduser()
         if not path.exists():
             raise ModelNotFoundError(f"{request.model!r} looks like a path, but nothing is there")
-        files = files_at(path, request.model, self.name)
-        if path.is_dir():  # of any other folder it is enough to hear that it is no model
+        if _names_a_model(path):  # of any other folder it is enough to hear that it is no model
             check_folder(path)
-        return files
+        return files_at(path, request.model, self.name)
+
+
+def _names_a_model(path: Path) -> bool:
+    """Whether a folder has what a model has by name, whatever that is in truth."""
+    return path.is_dir() and (os.path.lexists(path / "config.json") or any(path.glob("*.gguf")))
 
 
 def _looks_like_path(model: str) -> bool:
