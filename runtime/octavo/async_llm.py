@@ -301,13 +301,13 @@ class AsyncLLM(Client):
     ) -> Assembler:
         """A request whose events `take` is called with on the event loop. It may lack its grammar."""
         form = getattr(params, "structured_outputs", None)
-        known = form is None or self.engine.grammars.known(form)
+        known = form is None or self.grammars.known(form)
         sink = post().sink(take)
         return self.make_request(prompt, params, sink, priority=priority, special=special, constrain=known)
 
     async def compile_grammars(self, requests: Sequence[Request]) -> None:
         """Give those their grammars that lack them: compiled in a thread, which leaves the interpreter to others."""
-        grammars = self.engine.grammars
+        grammars = self.grammars
         for request in requests:
             form = request.params.structured_outputs
             if form is not None and request.lacks_grammar:

@@ -10,7 +10,7 @@ from typing import Any, Self, cast
 
 from octavo.config import EngineConfig, engine_config_from
 from octavo.decode.assemble import Assembler
-from octavo.engine.contract import EngineStats
+from octavo.engine.contract import Compiler, EngineStats
 from octavo.engine.registry import Placement, acquire, release
 from octavo.engine.request import Request, Sink
 from octavo.engine.start import IN_PROCESS, Engine
@@ -47,6 +47,7 @@ class Client:
 
     def _join(self, config: EngineConfig, progress: Progress | None, placement: Placement = IN_PROCESS) -> None:
         self._engine = acquire(config, progress, placement)
+        self._compiler: Compiler | None = None
         self._made = itertools.count()
 
     @property
@@ -55,6 +56,15 @@ class Client:
         if self._engine is None:
             raise EngineClosedError("this LLM was closed: make a new one")
         return self._engine
+
+    @property
+    def grammars(self) -> Compiler:
+        """Compiles what this client's requests are constrained by."""
+        return self._compiler or self.engine.grammars
+
+    def compile_by(self, compiler: Compiler) -> None:
+        """Let another than the engine's do it: for this client alone, as others share the engine."""
+        self._compiler = compiler
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -114,7 +124,7 @@ class Client:
             length_offset=forced,
         )  # fmt: skip
         if constrain and params.structured_outputs is not None:
-            request.constrain(engine.grammars.compile(params.structured_outputs).start)
+            request.constrain(self.grammars.compile(params.structured_outputs).start)
         return Assembler(request, text, engine.tokenizer, engine.service.abort)
 
     def _prompt(self, prompt: Prompt, special: bool) -> tuple[str | None, list[int], str]:

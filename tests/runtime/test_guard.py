@@ -285,7 +285,8 @@ def test_a_job_that_kills_workers_is_given_up(tokenizer: Tokenizer) -> None:
         for _ in range(2):
             until(lambda: guard.pid is not None and bool(children(guard.pid)))
             gone = guard.pid
-            os.kill(gone or 0, signal.SIGKILL)
+            assert gone is not None
+            os.kill(gone, signal.SIGKILL)
             until(lambda gone=gone: guard.pid != gone)  # type: ignore[misc]
         assert asked.exception(30) is not None
         verdicts.check(StructuredOutputsParams(regex="others go on"))

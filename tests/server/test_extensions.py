@@ -196,6 +196,17 @@ def test_a_response_format_excludes_other_forms(tiny: InProcess, path: str, form
     assert reply.status_code == 400, reply.text
 
 
+def test_a_server_that_ends_takes_no_grammars_from_another(tiny_model: Path) -> None:
+    """Both of one process and one engine."""
+    settings = {"num_blocks": 64, "block_size": 16}
+    asked = {"prompt": "a", "max_tokens": 4}
+    with in_process(tiny_model, **settings) as first:
+        with in_process(tiny_model, **settings) as second:
+            assert first.llm.engine is second.llm.engine
+            assert post(second, "/v1/completions", guided_choice=["one"], **asked)["choices"][0]["text"] == "one"
+        assert post(first, "/v1/completions", guided_choice=["two"], **asked)["choices"][0]["text"] == "two"
+
+
 def test_text_leaves_another_form_as_it_is(tiny: InProcess) -> None:
     given = {"response_format": {"type": "text"}, "guided_choice": ["ab"]}
     assert post(tiny, "/v1/completions", prompt="a", **given)["choices"][0]["text"] == "ab"

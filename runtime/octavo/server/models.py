@@ -214,7 +214,7 @@ class Models:
             bound = await asyncio.to_thread(TextBound, llm.tokenizer, llm.engine.limits.max_model_len)
             verdicts = await asyncio.to_thread(_verdicts, self.guard, llm)
             if verdicts is not None:  # the engine's process compiles by itself what is approved
-                llm.engine.grammars = GuardedGrammars(verdicts)
+                llm.compile_by(GuardedGrammars(verdicts))
             loaded = self._loaded[served] = Loaded(served, llm, bound, _bytes(llm), self.guard, verdicts)
             await self._make_room(keep=loaded)
             return loaded

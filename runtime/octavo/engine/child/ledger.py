@@ -208,7 +208,7 @@ class Ledger:
     def strike(self) -> Entry | None:
         """The process has ended. Every request that it had might be the reason; if it had one only, and that one was a
         suspect before, it is. Returns that one: it is to fail."""
-        had = [entry for entry in self.entries.values() if entry.sent]
+        had = [entry for entry in list(self.entries.values()) if entry.sent]
         for entry in had:
             entry.sent, entry.replayed = False, [0] * len(entry.replayed)
             entry.strikes += 1
@@ -217,9 +217,10 @@ class Ledger:
     def next_to_send(self) -> list[Entry]:
         """What the process is to have now and has not. Suspects come first and alone, each until something comes of
         it."""
-        suspects = [entry for entry in self.entries.values() if entry.strikes >= SUSPECT]
+        entries = list(self.entries.values())  # the collector may end a stream that nobody holds, and come back here
+        suspects = [entry for entry in entries if entry.strikes >= SUSPECT]
         if not suspects:
-            return [entry for entry in self.entries.values() if not entry.sent]
+            return [entry for entry in entries if not entry.sent]
         if any(entry.sent for entry in suspects):
             return []
         return suspects[:1]
