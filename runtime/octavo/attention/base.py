@@ -41,9 +41,6 @@ class AttentionBackend(ABC):
     """How attention is computed on one kind of device."""
 
     default_block_size: int
-    row_multiple: int = 1
-    """Steps are padded to a multiple of so many tokens, where the products would otherwise depend on the batch."""
-
     longest_own: int = 4096
     """Longer prompts that come whole may go to a library, which must be told their lengths: steps with such a prompt
     are not replayed, as `prepare` is given the counts of the host then."""
@@ -51,6 +48,10 @@ class AttentionBackend(ABC):
     """But one that comes alone is replayed, rounded up to a multiple of this; None: there is no library."""
     shares_prefixes: bool = False
     """Decoding sequences that begin with the same blocks can attend to them at once (see `shared_parts`)."""
+
+    def padded(self, rows: int) -> int:
+        """To how many tokens a step of so many is padded, and to how many rows one that draws so many."""
+        return rows
 
     def undivided(self, sequences: int) -> int:
         """Steps that decode so many sequences, none of more tokens than this, are worth graphs of their own; 0: it

@@ -33,6 +33,22 @@ GROUP_SHRINK = 0.5
 to 0.7 are level (64 sequences of 30..380 tokens, 30 layers: 47 to 50 ms); a call more costs as much as 8 sequences."""
 
 
+def few_sizes(count: int, multiple: int) -> int:
+    """`count` padded to a multiple of `multiple` that grows with it: eight sizes from one power of two to the next.
+
+    For oneDNN, which multiplies bfloat16. It makes code for each shape that it meets: 1 to 2 ms, and 0.6 MB that it
+    keeps (of the last 1,024 shapes; some of it for good). By hand, torch 2.13 on a Xeon with AMX: where every number of
+    tokens, sequences and keys was a shape of its own, the process of a tiny model grew to 1.2 GB in 10,000 requests.
+    """
+    step = max(multiple, (1 << (count - 1).bit_length()) // 16 // multiple * multiple)
+    return -(-count // step) * step
+
+
+def every_size(count: int, multiple: int) -> int:
+    """`count` padded to a multiple of `multiple`. For MKL, which multiplies float32 and keeps nothing of a shape."""
+    return -(-count // multiple) * multiple
+
+
 class CpuAttention(AttentionBackend):
     """`pad`: keys are padded to a multiple of this, itself a multiple of the block size. Below `KV_PAD` it is faster
     for short sequences, and bits depend on the batch."""
@@ -40,8 +56,13 @@ class CpuAttention(AttentionBackend):
     default_block_size = 32
 
     def __init__(self, dtype: torch.dtype, pad: int = KV_PAD) -> None:
-        self.row_multiple, self.pad = 2 if dtype == torch.bfloat16 else 4, pad
+        self._row_multiple, self.pad = 2 if dtype == torch.bfloat16 else 4, pad
+        self.size = few_sizes if dtype == torch.bfloat16 else every_size
         self.scratch = Scratch()
+
+    def padded(self, rows: int) -> int:
+        """See `AttentionBackend`: for fewer rows the products would depend on the batch."""
+        return self.size(rows, self._row_multiple)
 
     def prepare(self, inputs: StepInputs) -> PreparedAttention:
         return _Prepared(inputs, self)
@@ -73,9 +94,9 @@ class _Workspace:
     index: torch.Tensor
     """[N * KH * P / block_size] rows of a cache seen as [blocks * KH, block_size * D]: (sequence, KV head, block)."""
     rows: torch.Tensor
-    """[N * KH, R, D] the queries; R is M * G rounded up to the row multiple. Padding may hold anything finite."""
+    """[N * KH, R, D] the queries; R is M * G, padded. Padding may hold anything finite."""
     queries: torch.Tensor
-    """[N, M, KH, G, D] the same memory without the padding."""
+    """[S, M, KH, G, D] the same memory without the padding."""
     blocks: torch.Tensor
     """[N * KH * P / block_size, block_size * D] gathered keys; then the values take their place."""
     dense: torch.Tensor
@@ -89,15 +110,16 @@ class _Workspace:
     result: torch.Tensor
     """[N * KH, R, D]"""
     attended: torch.Tensor
-    """[N, M, KH, G, D] the result without the padding."""
+    """[S, M, KH, G, D] the result without the padding."""
 
 
 @dataclass(slots=True)
 class _Part:
-    """Queries that run together: `N` sequences with `M` query tokens each, over `P` padded keys."""
+    """Queries that run together: `N` sequences with `M` query tokens each, over `P` padded keys. `S` of them are there,
+    the rest is padding."""
 
     tokens: slice
-    """The N * M tokens, in the order of `_Prepared`."""
+    """The S * M tokens, in the order of `_Prepared`."""
     blocks: torch.Tensor
     """[N, P / block_size] blocks of the keys, the null block where there are none."""
     positions: torch.Tensor
@@ -126,16 +148,17 @@ class _Part:
             self.biases[name] = bias.masked_fill(hidden[:, None, :, None, :], float("-inf"))
         return self.biases[name]
 
-    def workspace(self, scratch: Scratch, q: torch.Tensor, kv_heads: int, row_multiple: int, size: int) -> _Workspace:
+    def workspace(self, backend: CpuAttention, q: torch.Tensor, kv_heads: int, size: int) -> _Workspace:
         """`q` `[T, H, D]` for its sizes and its dtype; `size`: tokens in a block."""
         heads, dim = q.shape[1:]
         if (heads, kv_heads) not in self.workspaces:
             (n, m), group = self.positions.shape, heads // kv_heads
+            real = (self.tokens.stop - self.tokens.start) // m
             keys, used = self.blocks.shape[1] * size, m * group
-            batch, rows = n * kv_heads, -(-used // row_multiple) * row_multiple
+            batch, rows = n * kv_heads, backend.padded(used)
 
             def take(name: str, *shape: int) -> torch.Tensor:
-                return scratch.take(name, shape, q.dtype)
+                return backend.scratch.take(name, shape, q.dtype)
 
             def without_padding(padded: torch.Tensor) -> torch.Tensor:
                 return padded[:, :used].view(n, kv_heads, m, group, -1)
@@ -144,16 +167,16 @@ class _Part:
             queries, result = take("queries", batch, rows, dim), take("result", batch, rows, dim)
             scores, blocks = take("scores", batch, rows, keys), take("blocks", batch * keys // size, size * dim)
             self.workspaces[heads, kv_heads] = _Workspace(
-                index.reshape(-1), queries, without_padding(queries).transpose(1, 2), blocks,
+                index.reshape(-1), queries, without_padding(queries)[:real].transpose(1, 2), blocks,
                 blocks.view(batch, keys, dim), scores, without_padding(scores), take("weights", batch, rows, keys),
-                result, without_padding(result).transpose(1, 2),
+                result, without_padding(result)[:real].transpose(1, 2),
             )  # fmt: skip
         return self.workspaces[heads, kv_heads]
 
 
 class _Prepared(PreparedAttention):
     def __init__(self, inputs: StepInputs, backend: CpuAttention, sources: Sequence[int] | None = None) -> None:
-        self.row_multiple, self.scratch, self.pad = backend.row_multiple, backend.scratch, backend.pad
+        self.backend = backend
         self.tokens = sum(inputs.counts)
         self.block_size = inputs.block_size
         self.order: torch.Tensor | None = None
@@ -165,8 +188,8 @@ class _Prepared(PreparedAttention):
             self.parts = self._source_parts(inputs, sources)
 
     def _key_blocks(self, tokens: int) -> int:
-        padded = -(-tokens // self.pad) * self.pad
-        return max(padded // self.block_size, 1)
+        """At most; a table may be narrower."""
+        return max(self.backend.size(tokens, self.backend.pad) // self.block_size, 1)
 
     def _decode_parts(self, inputs: StepInputs) -> list[_Part]:
         decodes = inputs.num_decodes
@@ -181,7 +204,8 @@ class _Prepared(PreparedAttention):
         for begin, end in zip(bounds, [*bounds[1:], decodes], strict=True):
             if begin == end:
                 continue
-            members = torch.tensor(order[begin:end])
+            padding = self.backend.size(end - begin, 1) - (end - begin)  # the last one again
+            members = torch.tensor([*order[begin:end], *order[end - 1 : end] * padding])
             longest = max(inputs.lengths[sequence] for sequence in order[begin:end])
             rows = inputs.rows.index_select(0, members)
             blocks = inputs.block_table[:, : self._key_blocks(longest)].index_select(0, rows)
@@ -251,7 +275,7 @@ class _Prepared(PreparedAttention):
         width = self.block_size * q.shape[2]
         keys, values = cache.keys.view(-1, width), cache.values.view(-1, width)
         for part in self.parts:
-            work = part.workspace(self.scratch, q, cache.keys.shape[1], self.row_multiple, self.block_size)
+            work = part.workspace(self.backend, q, cache.keys.shape[1], self.block_size)
             work.queries.copy_(q[part.tokens].view(work.queries.shape))
             torch.index_select(keys, 0, work.index, out=work.blocks)
             torch.bmm(work.rows, work.dense.transpose(1, 2), out=work.scores)

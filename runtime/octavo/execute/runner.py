@@ -41,7 +41,7 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan, masks: Masks) -> StepResult:
         self.table.apply(plan, self.kv)
-        inputs = self.table.gather(plan, self.attention.row_multiple)
+        inputs = self.table.gather(plan, self.attention.padded)
         hidden = self.model.forward(self._context(plan, inputs))
         broken = _broken(inputs, hidden)
         sampling = [entry for entry, step in enumerate(plan.steps) if step.samples]
@@ -64,7 +64,7 @@ class Runner:
         lengths = [steps[entry].start + steps[entry].count for entry in sampling]
         last = [ends[entry] - 1 for entry in sampling]
         size = len(sampling)
-        padding = -size % self.attention.row_multiple
+        padding = self.attention.padded(size) - size
         packed = table.send([*host_rows, *lengths, *last, *last[:1] * padding], torch.int64)
         rows, positions, chosen = torch.split(packed, [size, size, size + padding])
         states, asked = take(hidden, chosen), self._sampling(host_rows)

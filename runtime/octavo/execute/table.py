@@ -6,7 +6,7 @@ input), the block table, and the sampling parameters as numbers. The scheduler g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from octavo_kernels import step_inputs
@@ -63,8 +63,8 @@ class RowTable:
             chosen = self.send([value for entry in plan.tokens for value in entry], torch.int64).view(-1, 3)
             self.tokens.index_put_((chosen[:, 0], chosen[:, 1]), chosen[:, 2].to(torch.int32))
 
-    def gather(self, plan: StepPlan, row_multiple: int) -> StepInputs:
-        """Device inputs of a step, padded to a multiple of `row_multiple` tokens."""
+    def gather(self, plan: StepPlan, padded: Callable[[int], int]) -> StepInputs:
+        """Device inputs of a step, with as many tokens as `padded` says for those that there are."""
         steps = plan.steps
         counts = [step.count for step in steps]
         lengths = [step.start + step.count for step in steps]
@@ -76,7 +76,7 @@ class RowTable:
             [step.row for step in steps] + [step.start for step in steps] + lengths + query_start, torch.int32
         )
         rows, starts, seq_lens, query = torch.split(packed, [size, size, size, size + 1])
-        total = -(-query_start[-1] // row_multiple) * row_multiple
+        total = padded(query_start[-1])
         input_ids, positions, slots = self._step_inputs(
             rows, starts, query, self.tokens, self.block_table, self.block_size, total=total
         )
