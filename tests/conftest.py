@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,3 +46,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_models import make_model
 
     return make_model("llama-head-dim", tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def own_model(tiny_model: Path, tmp_path: Path) -> Path:
+    """The tiny model in a folder of its own: no other test has an engine of it, however long that stays."""
+    return shutil.copytree(tiny_model, tmp_path / "own")

@@ -267,12 +267,6 @@ def test_bad_settings_are_named_at_construction() -> None:
 # -- one engine ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def own_model(tiny_model: Path, tmp_path: Path) -> Path:
-    """One of which nobody else has an engine."""
-    return shutil.copytree(tiny_model, tmp_path / "own")
-
-
 def engines(model: Path) -> int:
     return sum(config.model == str(model) for config in registry.running())
 

@@ -37,8 +37,9 @@ def few_sizes(count: int, multiple: int) -> int:
     """`count` padded to a multiple of `multiple` that grows with it: eight sizes from one power of two to the next.
 
     For oneDNN, which multiplies bfloat16. It makes code for each shape that it meets: 1 to 2 ms, and 0.6 MB that it
-    keeps (of the last 1,024 shapes; some of it for good). By hand, torch 2.13 on a Xeon with AMX: where every number of
-    tokens, sequences and keys was a shape of its own, the process of a tiny model grew to 1.2 GB in 10,000 requests.
+    keeps (of the last 1,024 shapes; some of it for good; by hand, torch 2.13 on a Xeon with AMX). Where every number of
+    tokens, sequences and keys was a shape of its own, a tiny model's server grew to 1.26 GB in 12,000 requests
+    (`benchmarks/server_requests.py`).
     """
     step = max(multiple, (1 << (count - 1).bit_length()) // 16 // multiple * multiple)
     return -(-count // step) * step
@@ -58,6 +59,7 @@ class CpuAttention(AttentionBackend):
     def __init__(self, dtype: torch.dtype, pad: int = KV_PAD) -> None:
         self._row_multiple, self.pad = 2 if dtype == torch.bfloat16 else 4, pad
         self.size = few_sizes if dtype == torch.bfloat16 else every_size
+        """How whatever is counted in a product's shape is padded."""
         self.scratch = Scratch()
 
     def padded(self, rows: int) -> int:
